@@ -1,0 +1,1 @@
+"""The tiny generator of the shapes world and its packaged weights."""

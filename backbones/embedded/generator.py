@@ -1,0 +1,96 @@
+"""The embedded generator: `CausalWanTransformer3DModel` with 0.9 M parameters on the 16×16 shapes world.
+
+A patch of 8×8×3 numbers is wider than the hidden size, so a velocity head could not carry the noise: the network
+predicts x0 and the generator speaks velocity. Pixels are latents, so decoding is the identity.
+"""
+
+import importlib.resources
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from backbones.history import HistoryPolicy, SinkWindow
+from backbones.streaming import WanStreamingGenerator
+from backbones.wan.transformer import CausalWanTransformer3DModel
+from framework.adapters import check_tensors
+from framework.data.shapes import SIZE, VOCABULARY, parse_caption
+from framework.interfaces import GeneratorRecipe
+from framework.schedules import FewStepSchedule
+
+WORDS = 6
+
+CONFIG = {
+    "patch_size": (1, 8, 8),
+    "num_attention_heads": 3,
+    "attention_head_dim": 32,
+    "in_channels": 3,
+    "out_channels": 3,
+    "text_dim": len(VOCABULARY),
+    "freq_dim": 64,
+    "ffn_dim": 288,
+    "num_layers": 6,
+    "rope_max_seq_len": 64,
+}
+
+
+def embedded_recipe() -> GeneratorRecipe:
+    """Blocks of 3 frames, clips of 7 blocks, four sampler steps with shift 5."""
+    return GeneratorRecipe(
+        name="embedded-shapes",
+        block_frames=3,
+        clip_blocks=7,
+        latent=(3, SIZE, SIZE),
+        schedule=FewStepSchedule(),
+        prediction="x0",
+        fps=8.0,
+    )
+
+
+class ShapesGenerator(WanStreamingGenerator):
+    """The embedded generator with given or fresh weights.
+
+    policy: the history a block sees; the packaged weights were trained with 3 sink + 6 recent + 3 current frames at
+    window-relative positions.
+    """
+
+    def __init__(self, network: CausalWanTransformer3DModel | None = None, policy: HistoryPolicy | None = None) -> None:
+        super().__init__(
+            network if network is not None else CausalWanTransformer3DModel(**CONFIG),
+            embedded_recipe(),
+            policy or SinkWindow(sink=3, window=12, relative=True),
+        )
+
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """One-hot words [P, 6, vocabulary]. Raises ValueError for a caption outside the world's grammar."""
+        index = torch.tensor([[VOCABULARY.index(word) for word in str(parse_caption(p)).split()] for p in prompts])
+        weight = self.network.patch_embedding.weight
+        return torch.nn.functional.one_hot(index, len(VOCABULARY)).to(weight.device, weight.dtype)
+
+    def decode(self, latents: Tensor, prefix: Tensor | None = None) -> Tensor:
+        return latents.transpose(1, 2)
+
+
+PACKAGED = "student.safetensors"
+
+
+def packaged_generator(checkpoint: str | None = None, policy: HistoryPolicy | None = None) -> ShapesGenerator:
+    """The embedded generator with its packaged weights, or with those of a safetensors file that `pretrain` wrote.
+
+    Raises ValueError for a missing file, or one whose tensors are not exactly this network's; nothing is loaded half.
+    """
+    packaged = Path(str(importlib.resources.files("backbones.embedded"))) / PACKAGED
+    path = packaged if checkpoint is None else Path(checkpoint)
+    if not path.is_file():
+        raise ValueError(f"checkpoint={str(path)!r} is not a file; leave it out for the packaged weights")
+    generator = ShapesGenerator(policy=policy)
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"checkpoint={str(path)!r} is not a safetensors file: {error}") from error
+    check_tensors(weights, generator.network.state_dict(), str(path))
+    generator.network.load_state_dict(weights)
+    return generator

@@ -1,0 +1,63 @@
+"""What the benchmarks run: generators with random weights and groups of the shapes world."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backbones.embedded.generator import CONFIG, ShapesGenerator
+from backbones.history import HistoryPolicy
+from backbones.streaming import WanStream
+from backbones.wan.transformer import CausalWanTransformer3DModel
+from framework.data.shapes import CAPTIONS
+from framework.kernels import TransitionKernel
+from framework.rng import draw_noise
+from framework.rollout import denoise_block, noise_count
+from framework.types import BranchPlan, GroupPlan, Scene
+
+MIDDLE: dict[str, Any] = {
+    **CONFIG, "patch_size": (1, 4, 4), "num_attention_heads": 4, "attention_head_dim": 64, "ffn_dim": 1024,
+}  # fmt: skip
+"""Seven times the parameters and four times the tokens of the embedded network."""
+
+MINIATURE: dict[str, Any] = {
+    **CONFIG, "num_attention_heads": 1, "attention_head_dim": 12, "ffn_dim": 16, "num_layers": 1,
+}  # fmt: skip
+"""Small enough to try every row within seconds; its timings mean nothing."""
+
+
+def random_generator(config: Mapping[str, Any] = CONFIG, policy: HistoryPolicy | None = None) -> ShapesGenerator:
+    """A generator of the shapes world with fixed random weights: cost does not depend on their values."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = CausalWanTransformer3DModel(**config)
+    return ShapesGenerator(network, policy)
+
+
+def group_plan(first_block: int, blocks: int, branches: int, group: int = 0) -> GroupPlan:
+    """A group behind a shared prefix of ``first_block`` blocks, whose branches differ in their noise."""
+    return GroupPlan(
+        group=group,
+        scene=Scene.single(str(CAPTIONS[group])),
+        first_block=first_block,
+        blocks=blocks,
+        prefix_seed=1000 + group,
+        branches=tuple(BranchPlan(10 * group + b) for b in range(branches)),
+    )
+
+
+def draw_blocks(generator: ShapesGenerator, seeds: Sequence[int], blocks: int, kernel: TransitionKernel) -> Tensor:
+    """Noise [N, 1 + draws, C, F, H, W] of whole windows, as `roll_out` draws it."""
+    recipe = generator.recipe
+    channels, height, width = recipe.latent
+    return draw_noise(seeds, (noise_count(kernel, recipe), channels, blocks * recipe.block_frames, height, width))
+
+
+def roll_prefix(generator: ShapesGenerator, plan: GroupPlan, kernel: TransitionKernel) -> WanStream:
+    """The prefix of a group alone: the stream of one clip after it."""
+    stream = generator.open([plan.scene.prompt])
+    noise = draw_blocks(generator, [plan.prefix_seed], plan.first_block, kernel)
+    for block in noise.split(generator.recipe.block_frames, dim=3):
+        stream = generator.commit(denoise_block(generator, stream, block, kernel).x0, stream)
+    return stream

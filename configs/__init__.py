@@ -1,0 +1,1 @@
+"""The packaged gin files, found by ``armillary train --gin_file`` wherever armillary is installed."""

@@ -1,0 +1,176 @@
+"""What is trained: LoRA adapters on a frozen base, or the whole network. Both are a named set of parameters.
+
+PEFT injects the LoRA layers; nothing wraps the network, so no attribute can be set on a wrapper and miss the model.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftType, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+ADAPTER = "default"
+WAN_LINEARS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+"""Every linear layer of a Wan transformer block."""
+
+
+class Adaptation(ABC):
+    """Which parameters of a network are trained, and how they are saved."""
+
+    @abstractmethod
+    def attach(self, network: nn.Module, seed: int) -> dict[str, nn.Parameter]:
+        """Freeze what is not trained; return the trained parameters by name, float32."""
+
+    @abstractmethod
+    def save(self, network: nn.Module, folder: Path) -> None:
+        """Write the trained parameters as safetensors into a new folder."""
+
+    @abstractmethod
+    def describe(self, parameters: dict[str, nn.Parameter]) -> str:
+        """One line for the start of a run."""
+
+
+@dataclass(frozen=True)
+class LoRA(Adaptation):
+    """W + (alpha / rank) B A on every targeted linear layer; B starts at zero, so the initial policy is the base.
+
+    target_modules: name suffixes, as PEFT matches them. alpha None takes the rank, i.e. a factor of 1.
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    target_modules: Sequence[str] = WAN_LINEARS
+
+    def attach(self, network: nn.Module, seed: int) -> dict[str, nn.Parameter]:
+        """Raises ValueError when no module matches, and when something else than adapters would train."""
+        network.requires_grad_(False)
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.rank if self.alpha is None else self.alpha,  # pyright: ignore[reportArgumentType]
+            target_modules=list(self.target_modules),
+            lora_dropout=0.0,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # PEFT initialises from the global stream
+            try:
+                inject_adapter_in_model(config, network, adapter_name=ADAPTER)
+            except ValueError as error:
+                names = sorted(
+                    {name.rsplit(".", 1)[-1] for name, m in network.named_modules() if isinstance(m, nn.Linear)}
+                )
+                raise ValueError(
+                    f"LoRA.target_modules={list(self.target_modules)} matches no module of "
+                    f"{type(network).__name__}; its linear layers end in {names}"
+                ) from error
+        trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        strangers = [name for name in trained if ".lora_A." not in name and ".lora_B." not in name]
+        if strangers or not trained:
+            raise ValueError(f"LoRA must train adapters and nothing else, but {strangers[:3]} would train too")
+        for parameter in trained.values():
+            parameter.data = parameter.data.float()  # bf16 adapters stop moving at lr 1e-5
+        return trained
+
+    def save(self, network: nn.Module, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        weights = {k: v.contiguous() for k, v in get_peft_model_state_dict(network, adapter_name=ADAPTER).items()}  # pyright: ignore[reportArgumentType]
+        save_file(weights, folder / "adapter_model.safetensors")
+        config = {
+            "peft_type": PeftType.LORA.value,
+            "r": self.rank,
+            "lora_alpha": self.rank if self.alpha is None else self.alpha,
+            "target_modules": list(self.target_modules),
+            "lora_dropout": 0.0,
+        }
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def describe(self, parameters: dict[str, nn.Parameter]) -> str:
+        modules = len({name.rsplit(".lora_", 1)[0] for name in parameters})
+        return f"LoRA rank {self.rank} on {modules} modules"
+
+
+@dataclass(frozen=True)
+class FullFineTuning(Adaptation):
+    """Every parameter of the network is trained."""
+
+    def attach(self, network: nn.Module, seed: int) -> dict[str, nn.Parameter]:
+        network.requires_grad_(True)
+        return dict(network.named_parameters())
+
+    def save(self, network: nn.Module, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        save_file({k: v.contiguous() for k, v in network.state_dict().items()}, folder / "model.safetensors")
+
+    def describe(self, parameters: dict[str, nn.Parameter]) -> str:
+        return "full fine-tuning"
+
+
+def load_adaptation(network: nn.Module, folder: str | Path) -> str:
+    """Load what `Adaptation.save` wrote; returns one line that says what it was.
+
+    Raises ValueError for a folder that holds neither kind, or weights that do not fit the network; nothing is loaded
+    half: every tensor is checked before the first one is copied.
+    """
+    folder = Path(folder)
+    adapter, full = folder / "adapter_model.safetensors", folder / "model.safetensors"
+    if adapter.is_file():
+        weights = read_weights(adapter)
+        lora = read_lora(folder / "adapter_config.json")
+        lora.attach(network, seed=0)
+        expected = get_peft_model_state_dict(network, adapter_name=ADAPTER)  # pyright: ignore[reportArgumentType]
+        check_tensors(weights, expected, str(adapter))
+        set_peft_model_state_dict(network, weights, adapter_name=ADAPTER)  # pyright: ignore[reportArgumentType]
+        return f"LoRA rank {lora.rank} from {folder}"
+    if full.is_file():
+        weights = read_weights(full)
+        check_tensors(weights, network.state_dict(), str(full))
+        network.load_state_dict(weights)
+        return f"full weights from {folder}"
+    raise ValueError(
+        f"{folder} holds neither adapter_model.safetensors nor model.safetensors; give --adapter a folder that a "
+        f"run saved"
+    )
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file. Raises ValueError for anything else."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def read_lora(path: Path) -> LoRA:
+    """The adaptation that an adapter_config.json describes. Raises ValueError for anything else."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return LoRA(int(config["r"]), float(config["lora_alpha"]), tuple(config["target_modules"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not describe a LoRA adapter: {error!r}") from error
+
+
+def check_tensors(given: dict[str, Tensor], expected: dict[str, Tensor], source: str) -> None:
+    """Every name and shape must agree. Raises ValueError that shows the first differences."""
+    missing, foreign = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    if missing or foreign:
+        raise ValueError(
+            f"{source} does not fit the network: {len(missing)} tensors missing {missing[:3]}, "
+            f"{len(foreign)} unknown {foreign[:3]}"
+        )
+    for name, tensor in given.items():
+        if tensor.shape != expected[name].shape:
+            raise ValueError(
+                f"{source} does not fit the network: {name} has shape {tuple(tensor.shape)}, "
+                f"the network needs {tuple(expected[name].shape)}"
+            )
+
+
+def adapter_layers(network: nn.Module) -> int:
+    """How many modules carry an adapter."""
+    return sum(isinstance(module, BaseTunerLayer) for module in network.modules())

@@ -1,0 +1,195 @@
+"""The command line. Imports nothing heavy until a command runs, so that ``--help`` answers at once."""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from framework import __version__
+from framework.registry import ConfigError, Registry, did_you_mean, first_sentence, interface, one_line
+from framework.signatures import EMPTY, spell
+
+COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "train": (
+        "align a streaming generator with a reward",
+        ("output_dir", "max_steps", "seed", "device", "dry_run"),
+    ),
+    "evaluate": (
+        "score a generator on held-out scenes with fixed noise",
+        ("adapter", "output_dir", "device"),
+    ),
+    "generate": (
+        "write videos for prompts",
+        ("prompts", "prompt_file", "adapter", "output_dir", "seed", "device"),
+    ),
+    "pretrain": (
+        "make a few-step streaming generator to start from",
+        ("output_dir", "resume", "seed", "device"),
+    ),
+}
+"""What a command does, and the parameters of its function that have a flag of their own."""
+
+FLAGS: dict[str, dict] = {
+    "output_dir": {"metavar": "FOLDER", "help": "new folder for everything that is written"},
+    "max_steps": {"metavar": "N", "type": int, "help": "stop after so many steps"},
+    "seed": {"metavar": "N", "type": int, "help": "seed of everything random"},
+    "device": {"metavar": "NAME", "help": "torch device, e.g. cpu or cuda"},
+    "dry_run": {"action": "store_true", "help": "build and check everything, then stop"},
+    "resume": {"action": "store_true", "help": "continue the run in output_dir"},
+    "adapter": {"metavar": "FOLDER", "help": "trained adapter to put on the generator"},
+    "prompts": {"metavar": "TEXT", "action": "append", "help": "what to show (repeatable)"},
+    "prompt_file": {"metavar": "FILE", "help": "text file with one prompt per line"},
+}
+
+PACKAGES = ("framework", "strategies", "backbones", "rewards", "configs")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong command line on one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"armillary: error: {message} ({self.prog} --help shows what there is)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _Parser(
+        prog="armillary",
+        description="Preference alignment of streaming autoregressive video generators.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"armillary {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (purpose, flags) in COMMANDS.items():
+        command = commands.add_parser(name, help=purpose, description=purpose, allow_abbrev=False)
+        command.add_argument(
+            "--gin_file",
+            action="append",
+            default=[],
+            metavar="FILE",
+            help="configuration, packaged or yours (repeatable)",
+        )
+        command.add_argument(
+            "--gin_param", "--gin_bindings", action="append", default=[], metavar="BINDING",
+            help='one gin line that overrides the files, e.g. "nft.NFT.beta = 0.5" (repeatable)',
+        )  # fmt: skip
+        command.add_argument(
+            "--plugin",
+            action="append",
+            default=[],
+            metavar="MODULE",
+            help="module or .py file with parts of yours (repeatable)",
+        )
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        for parameter in flags:
+            command.add_argument(flag_of(parameter), dest=parameter, default=None, **FLAGS[parameter])
+    listing = commands.add_parser("list", help="show the parts and the packaged configurations", allow_abbrev=False)
+    listing.add_argument("name", nargs="?", help="show one part with its parameters, e.g. nft.NFT")
+    listing.add_argument(
+        "--plugin", action="append", default=[], metavar="MODULE", help="show the parts of this module too"
+    )
+    listing.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def flag_of(parameter: str) -> str:
+    """The flag that binds a parameter of a command."""
+    return "--prompt" if parameter == "prompts" else f"--{parameter}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns 0, 2 for a wrong configuration or command line, 1 for a failure, 130 for Ctrl-C.
+
+    What a user can cause is one line on stderr; ``--debug`` shows the traceback as well.
+    """
+    parser = build_parser()
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = COMMANDS[options.command][1] if options.command in COMMANDS else ()
+        known = ["--gin_file", "--gin_param", "--plugin", "--debug", *map(flag_of, flags)]
+        near = did_you_mean(unknown[0].split("=")[0], known)
+        parser.error(f"{options.command}: unrecognized argument {unknown[0]!r}{near}")
+    try:
+        refuse_shadowed_packages()
+        if options.command == "list":
+            show_list(options.name, options.plugin)
+        else:
+            run_command(options)
+        return 0
+    except KeyboardInterrupt:
+        print("armillary: interrupted", file=sys.stderr)
+        return 130
+    except ConfigError as error:
+        return _report(error, 2, options.debug)
+    except (ValueError, OSError) as error:
+        return _report(error, 1, options.debug)
+
+
+def run_command(options: argparse.Namespace) -> None:
+    """Read the configuration of a command and run it."""
+    from framework.config import load_config
+
+    if not options.gin_file and not options.gin_param:
+        raise ConfigError(f"{options.command} needs a --gin_file; `armillary list` shows the packaged ones")
+    flags = {name: getattr(options, name) for name in COMMANDS[options.command][1]}
+    given = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in flags.items() if value is not None
+    }
+    load_config(
+        options.command,
+        gin_files=options.gin_file,
+        gin_params=options.gin_param,
+        plugins=options.plugin,
+        flags=given,
+    ).run()
+
+
+def _report(error: Exception, code: int, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    hint = "" if debug or code == 2 else " (--debug shows where)"
+    print(f"armillary: error: {one_line(error)}{hint}", file=sys.stderr)
+    return code
+
+
+def refuse_shadowed_packages() -> None:
+    """With ``python -m``, a file of the current folder can stand before an armillary package of the same name."""
+    home = Path(__file__).resolve().parent.parent
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        found = Path(spec.origin).resolve() if spec is not None and spec.origin is not None else None
+        if found is None or not found.is_relative_to(home / name):
+            raise ConfigError(f"armillary needs its package {name!r} but finds {found}; rename that file or folder")
+
+
+def show_list(name: str | None, plugins: Sequence[str]) -> None:
+    """Print the parts by the interface they implement, or one part with its parameters."""
+    registry = Registry()
+    for plugin in plugins:
+        registry.add_plugin(plugin)
+    if name is not None:
+        part = registry.find(name)
+        print(f"{part.name}\n\n{(part.target.__doc__ or '').strip()}\n")
+        for parameter in part.parameters.values():
+            default = "required" if parameter.default is EMPTY else f"default {parameter.default!r}"
+            print(f"  {part.name}.{parameter.name}: {spell(parameter.annotation)} ({default})")
+        return
+    from framework.config import packaged_configs
+
+    parts, broken = registry.offered()
+    groups: dict[str, list[str]] = {}
+    width = max((len(part) for part in parts), default=0)
+    for part in sorted(parts):
+        kind = interface(parts[part].target)
+        title = f"{kind.__name__}: {first_sentence(kind)}" if kind is not None else "Other parts"
+        groups.setdefault(title, []).append(f"  {part:<{width}}  {first_sentence(parts[part].target)}".rstrip())
+    for title in sorted(groups, key=lambda title: (title == "Other parts", title)):
+        print("\n".join([title, *groups[title], ""]))
+    print("\n".join(["Packaged configurations (--gin_file)", *(f"  {path}" for path in packaged_configs())]))
+    for problem in broken:
+        print(f"armillary: warning: {problem}", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""Prompts, and the embedded shapes world that everything runs on without downloads."""

@@ -1,0 +1,73 @@
+"""What to generate at each step: lists of scenes, and the arithmetic that turns (seed, step) into groups."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from framework.data.shapes import split_captions
+from framework.rng import derive_seed
+from framework.types import Scene
+
+
+class SceneSource(ABC):
+    """Where scenes come from."""
+
+    @abstractmethod
+    def scenes(self) -> tuple[Scene, ...]:
+        """All scenes, in a fixed order."""
+
+
+@dataclass(frozen=True)
+class ShapesCaptions(SceneSource):
+    """Captions of the embedded world. held_out: take the captions that RL never sees instead of the others.
+    held_out_count: how many of the 144 those are. limit: at most so many, None for all."""
+
+    held_out: bool = False
+    held_out_count: int = 24
+    limit: int | None = None
+
+    def scenes(self) -> tuple[Scene, ...]:
+        chosen = split_captions(self.held_out_count)[1 if self.held_out else 0]
+        return tuple(Scene.single(str(caption)) for caption in chosen[: self.limit])
+
+
+@dataclass(frozen=True)
+class PromptFile(SceneSource):
+    """One prompt per line of a text file; blank lines and surrounding spaces are ignored. Equal prompts are kept apart
+    by their line number."""
+
+    path: str
+
+    def scenes(self) -> tuple[Scene, ...]:
+        file = Path(self.path)
+        if not file.is_file():
+            raise ValueError(f"PromptFile.path={self.path!r} is not a file")
+        prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        scenes = tuple(Scene.single(p, key=f"{i}:{p}") for i, p in enumerate(prompts) if p)
+        if not scenes:
+            raise ValueError(f"PromptFile.path={self.path!r} holds no prompt: the file is empty")
+        return scenes
+
+
+def scene_indices(total: int, step: int, count: int, seed: int) -> list[int]:
+    """Which scenes step ``step`` trains on: epoch after epoch, each a fresh shuffle of all ``total`` scenes.
+
+    Pure arithmetic on (seed, step), so every rank and every resumed run agrees; no scene occurs twice in one step while
+    ``count`` ≤ ``total``.
+    """
+    if not 1 <= count <= total:
+        raise ValueError(f"prompts_per_step={count} must lie in 1 … {total}, the number of training prompts")
+    # epochs are cut to whole steps, so that a step never straddles two shuffles and repeats a prompt
+    steps_per_epoch = total // count
+    epoch, place = divmod(step, steps_per_epoch)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch))).tolist()
+    return order[place * count : (place + 1) * count]
+
+
+def draw_scenes(scenes: Sequence[Scene], step: int, count: int, seed: int) -> tuple[list[Scene], list[int]]:
+    """(scenes of the step, their group ids, unique over the whole run)."""
+    picked = [scenes[i] for i in scene_indices(len(scenes), step, count, seed)]
+    return picked, [step * count + i for i in range(count)]

@@ -1,0 +1,77 @@
+"""The root that generates videos: streaming, block by block, so that memory does not grow with the length."""
+
+import re
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from framework.adapters import load_adaptation
+from framework.data.scenes import PromptFile
+from framework.interfaces import StreamingGenerator
+from framework.kernels import Consistency, TransitionKernel
+from framework.progress import progress, say
+from framework.rng import derive_seed, draw_noise
+from framework.rollout import denoise_block, noise_count
+from framework.runfolder import create_run_folder, fresh_folder
+from framework.types import VideoBatch
+from framework.videos import Mp4Writer, visible_scale
+
+
+@torch.no_grad()
+def generate(
+    *,
+    generator: StreamingGenerator,
+    output_dir: str | None = None,
+    prompts: Sequence[str] = (),
+    prompt_file: str | None = None,
+    blocks: int | None = None,
+    kernel: TransitionKernel | None = None,
+    adapter: str | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+) -> list[Path]:
+    """Write one mp4 per prompt; returns their paths.
+
+    output_dir: a new folder, None for a fresh one under runs/. prompts, prompt_file: what to show; at least one of
+    them. blocks: length in blocks, None for the recipe's clip length. adapter: a folder that a training
+    run saved. A block is decoded and written before the next one starts.
+    """
+    wanted = [*prompts, *([s.prompt for s in PromptFile(prompt_file).scenes()] if prompt_file else [])]
+    if not wanted:
+        raise ValueError("nothing to generate: give --prompt or --prompt_file")
+    folder = create_run_folder(output_dir or fresh_folder("generate"))
+    if adapter is not None:
+        say(f"adapter: {load_adaptation(generator.network, adapter)}")
+    generator.network.to(device)
+    recipe, kernel = generator.recipe, kernel or Consistency()
+    channels, height, width = recipe.latent
+    shape = (noise_count(kernel, recipe), channels, recipe.block_frames, height, width)
+    paths = [folder / f"{i:03d}-{slug(prompt)}.mp4" for i, prompt in enumerate(wanted)]
+
+    stream, started, frames = generator.open(wanted), time.perf_counter(), 0
+    with ExitStack() as stack:
+        writers: list[Mp4Writer] = []
+        for block in progress(range(blocks or recipe.clip_blocks), "generating"):
+            seeds = [derive_seed(seed, "generate", i, prompt, block) for i, prompt in enumerate(wanted)]
+            x0 = denoise_block(generator, stream, draw_noise(seeds, shape, device), kernel).x0
+            stream = generator.commit(x0, stream)
+            videos = VideoBatch.from_signed(generator.decode(x0), recipe.fps, wanted)
+            if not writers:
+                scale = visible_scale(videos.frames.shape[-2])
+                writers = [stack.enter_context(Mp4Writer(path, recipe.fps, scale=scale)) for path in paths]
+            for writer, clip in zip(writers, videos.frames, strict=True):
+                writer.write(clip)
+            frames += videos.frames.shape[0] * videos.frames.shape[1]
+    seconds = time.perf_counter() - started
+    say(f"{frames} frames in {seconds:.1f} s, {frames / seconds:.1f} frames per second ({len(wanted)} streams)")
+    for path in paths:
+        say(f"saved {path}")
+    return paths
+
+
+def slug(prompt: str) -> str:
+    """A file name from a prompt: letters and digits only, so that no prompt can leave the output folder."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60] or "video"

@@ -1,0 +1,235 @@
+"""The extension points: what a new exploration, surrogate, reward, regularizer or generator has to provide.
+
+    ExplorationStrategy × SurrogatePolicy × RewardModel × Regularizer   on a   StreamingGenerator
+
+A class is either an interface (here) or final. Requirements are types: `writes` and `reads` name records, and
+`framework.compatibility.check_recipe` refuses a combination in which something read was never written.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from framework.kernels import TransitionKernel
+from framework.records import Record
+from framework.rng import Streams
+from framework.schedules import FewStepSchedule
+from framework.types import (
+    Advantage,
+    GroupPlan,
+    Objective,
+    Probes,
+    Scene,
+    Scores,
+    Tape,
+    VideoBatch,
+    Views,
+)
+
+
+@dataclass(frozen=True)
+class GeneratorRecipe:
+    """How a checkpoint is meant to be run; a checkpoint file does not say it.
+
+    block_frames: latent frames denoised together. clip_blocks: blocks of a training clip. latent: (C, H, W).
+    schedule: the sampler's σ grid. prediction: what the network outputs, "velocity" or "x0". fps: of decoded video.
+    name, licence: for logs and model cards.
+    """
+
+    name: str
+    block_frames: int
+    clip_blocks: int
+    latent: tuple[int, int, int]
+    schedule: FewStepSchedule
+    prediction: str = "velocity"
+    fps: float = 16.0
+    licence: str = "Apache-2.0"
+
+    def __post_init__(self) -> None:
+        if self.prediction not in ("velocity", "x0"):
+            raise ValueError(f"GeneratorRecipe.prediction must be 'velocity' or 'x0', got {self.prediction!r}")
+
+
+class Stream(Protocol):
+    """An immutable streaming state: the clean past and the text of N clips."""
+
+    @property
+    def next_frame(self) -> int:
+        """Id of the next frame to be generated."""
+        ...
+
+    @property
+    def batch(self) -> int:
+        """N."""
+        ...
+
+
+S = TypeVar("S", bound=Stream)
+
+
+class StreamingGenerator(ABC, Generic[S]):
+    """A causal video generator, seen from training: states are opaque, keys and values never leave it."""
+
+    recipe: GeneratorRecipe
+    network: nn.Module
+    """The module that adapters are put on and gradients reach."""
+
+    @abstractmethod
+    def open(self, prompts: Sequence[str]) -> S:
+        """An empty stream per prompt. Its text keys belong to the policy in force now."""
+
+    @abstractmethod
+    def predict(self, x: Tensor, sigma: float, stream: S) -> Tensor:
+        """Velocity [N, C, f, H, W] of the next block at one noise level; the stream is not changed."""
+
+    @abstractmethod
+    def commit(self, x0: Tensor, stream: S) -> S:
+        """The stream with a clean block [N, C, f, H, W] appended."""
+
+    @abstractmethod
+    def fork(self, stream: S, branches: int) -> S:
+        """Each row becomes ``branches`` consecutive rows; the past is shared, not copied."""
+
+    @abstractmethod
+    def replay(self, probes: Probes) -> Tensor:
+        """Velocities [N, S, C, F, H, W] of all probed blocks behind their clean context.
+
+        Equal to `predict` on a stream with the same clean past. Gradient reaches the weights through the noisy blocks
+        and, iff ``probes.history_grad``, through the encoding of the window's clean blocks.
+        """
+
+    @abstractmethod
+    def decode(self, latents: Tensor, prefix: Tensor | None = None) -> Tensor:
+        """Pixels [N, T, 3, H, W] in [−1, 1] of latents [N, C, F, H, W].
+
+        prefix: the clean latents [P, C, start, H, W] before them, one row per N/P consecutive clips, for decoders that
+        need their past; its own pixels are not returned.
+        """
+
+
+class ExplorationStrategy(ABC):
+    """How the branches of a group differ. Calls no network: a plan is data."""
+
+    kernel: TransitionKernel
+    group_size: int
+    """Branches of a group that take part in the update."""
+
+    @abstractmethod
+    def writes(self) -> frozenset[type[Record]]:
+        """Record types that a rollout of this strategy can leave behind."""
+
+    @abstractmethod
+    def plan(
+        self, scenes: Sequence[Scene], groups: Sequence[int], recipe: GeneratorRecipe, streams: Streams
+    ) -> tuple[GroupPlan, ...]:
+        """One group per scene. ``groups`` are ids unique over all ranks; a plan depends on (seed, step, group) only."""
+
+
+class SurrogatePolicy(ABC):
+    """What is optimised in place of the reward. Never calls a network."""
+
+    reads: ClassVar[frozenset[type[Record]]] = frozenset()
+    writes: ClassVar[frozenset[type[Record]]] = frozenset()
+    views: ClassVar[frozenset[str]] = frozenset({"current"})
+    """Policies whose velocities `objective` reads; others are never computed."""
+
+    @abstractmethod
+    def probes(self, tape: Tape, recipe: GeneratorRecipe, generator: torch.Generator) -> Iterator[Probes]:
+        """Where to ask the policies. Each item becomes one part of the same optimiser step."""
+
+    @abstractmethod
+    def objective(self, views: Views, probes: Probes, advantage: Advantage) -> Objective:
+        """The loss per clip, a pure function of tensors. ``advantage`` holds exactly the probed clips."""
+
+
+class RewardModel(ABC):
+    """What people want to see more of."""
+
+    @property
+    @abstractmethod
+    def signals(self) -> tuple[str, ...]:
+        """Names of the scores it gives."""
+
+    @abstractmethod
+    def score(self, videos: VideoBatch) -> Scores:
+        """Score clips; no gradient. A clip that cannot be scored is invalid, not zero."""
+
+
+class ControlVideos(ABC):
+    """Videos whose score is known in advance: the ceiling and the floors that results are printed between."""
+
+    @abstractmethod
+    def videos(self, scenes: Sequence[Scene]) -> Mapping[str, VideoBatch]:
+        """Control videos by name, one clip per scene each."""
+
+
+class AdvantageRule(ABC):
+    """From scores to advantages: inside groups, never across prompts."""
+
+    reads: ClassVar[frozenset[type[Record]]] = frozenset()
+
+    @abstractmethod
+    def __call__(self, scores: Scores, groups: Tensor) -> Advantage:
+        """scores: values [N] per signal; groups: id per clip [N]."""
+
+
+class Regularizer(ABC):
+    """What keeps the policy near a reference."""
+
+    reads: ClassVar[frozenset[type[Record]]] = frozenset()
+    views: ClassVar[frozenset[str]] = frozenset()
+
+    def prepare(self, scores: Scores, groups: Tensor) -> Tensor | None:
+        """Once per rollout: per-clip marks [N] such as the selective mask, handed back to `penalty` for its clips."""
+        return None
+
+    @abstractmethod
+    def penalty(self, objective: Objective, marks: Tensor | None) -> Tensor:
+        """Per-clip penalty [N], already weighted, added to the objective's per-clip loss."""
+
+
+class Schedule(ABC):
+    """A number per optimiser step, e.g. the decay of an averaged policy."""
+
+    @abstractmethod
+    def __call__(self, step: int) -> float:
+        """Value at optimiser step ``step``, counted from 0."""
+
+
+class ClipSource(Protocol):
+    """Training clips with captions, for pre-training."""
+
+    def sample(self, n: int, frames: int, generator: torch.Generator) -> tuple[Tensor, list]:
+        """(clean latents [n, C, frames, H, W], n captions whose ``str`` is the prompt)."""
+        ...
+
+
+class PretrainingStage(ABC):
+    """One stage of making a few-step generator. Everything it learns stays in the generator's network."""
+
+    name: str
+    steps: int
+
+    @abstractmethod
+    def begin(self, generator: StreamingGenerator) -> None:
+        """Build optimisers and copies from the generator as the previous stage left it."""
+
+    @abstractmethod
+    def step(self, generator: StreamingGenerator, data: ClipSource, streams: Streams, step: int) -> dict[str, Tensor]:
+        """One optimiser step; metrics as tensors, so that nothing waits for the device."""
+
+    @abstractmethod
+    def finish(self, generator: StreamingGenerator) -> None:
+        """Leave the stage's result in the generator's network."""
+
+    @abstractmethod
+    def state_dict(self) -> dict:
+        """Everything that `step` depends on beside the network's weights."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from `state_dict`; called after `begin`."""

@@ -1,0 +1,62 @@
+"""The folder of a run: created fresh, never shared with another run, described well enough to repeat it."""
+
+import json
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+import framework
+
+
+def fresh_folder(name: str) -> Path:
+    """``runs/<name>``, or the first of ``runs/<name>-2``, ``-3``, … that is not there yet."""
+    folder, number = Path("runs") / name, 2
+    while folder.exists():
+        folder, number = Path("runs") / f"{name}-{number}", number + 1
+    return folder
+
+
+def create_run_folder(path: str | Path) -> Path:
+    """Create the folder of a new run. Raises ValueError when it holds anything or cannot be written."""
+    folder = Path(path)
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"output_dir={str(path)!r} is a file; give another --output_dir")
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(
+                f"output_dir={str(path)!r} holds another run already; give a new --output_dir (nothing was changed)"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"output_dir={str(path)!r} cannot be written: {error.strerror or error}") from error
+    return folder
+
+
+def resume_run_folder(path: str | Path, needed: str) -> Path:
+    """The folder of an interrupted run. Raises ValueError when there is nothing to continue."""
+    folder = Path(path)
+    if not (folder / needed).is_file():
+        raise ValueError(f"output_dir={str(path)!r} holds no {needed} to resume from; start without --resume")
+    return folder
+
+
+def write_run_files(folder: Path, operative_config: str) -> None:
+    """The exact configuration, the command line and the environment of the run."""
+    (folder / "config.gin").write_text(operative_config, encoding="utf-8")
+    (folder / "command.txt").write_text(shlex.join(sys.argv) + "\n", encoding="utf-8")
+    environment = {
+        "armillary": framework.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    (folder / "env.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")

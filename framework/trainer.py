@@ -1,0 +1,105 @@
+"""The one training step: explore, judge, improve. Every method is a choice of parts; there are no subclasses."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from framework.accounting import Scalars, Stopwatch, add_scalars, collect_metrics
+from framework.data.scenes import draw_scenes
+from framework.evaluation import decode_tape
+from framework.interfaces import (
+    AdvantageRule,
+    ExplorationStrategy,
+    Regularizer,
+    RewardModel,
+    StreamingGenerator,
+    SurrogatePolicy,
+)
+from framework.optimization import AdamW
+from framework.policies import BEHAVIOUR, Policies
+from framework.records import Record
+from framework.rng import Streams
+from framework.rollout import roll_out
+from framework.types import Advantage, Objective, Probes, Scene, Views
+
+
+@dataclass
+class Trainer:
+    """What one step needs. ``keep`` holds the record types that the parts read."""
+
+    generator: StreamingGenerator
+    exploration: ExplorationStrategy
+    surrogate: SurrogatePolicy
+    reward: RewardModel
+    advantage: AdvantageRule
+    regularizer: Regularizer
+    policies: Policies
+    optimizer: AdamW
+    scenes: tuple[Scene, ...]
+    keep: frozenset[type[Record]]
+    seed: int
+    prompts_per_step: int
+    updates_per_rollout: int
+    micro_batch_size: int
+
+    def __post_init__(self) -> None:
+        self.torch_optimizer = self.optimizer.build(self.policies.parameters.values())
+        self.view_names = self.surrogate.views | self.regularizer.views
+        self.steps_done = 0
+        self.updates_done = 0
+        self.samples_seen = 0
+
+    @property
+    def clips_per_step(self) -> int:
+        """P × B."""
+        return self.prompts_per_step * self.exploration.group_size
+
+    def step(self) -> Scalars:
+        """One step of training: roll out, score, update. Returns metrics; tensors stay on the device."""
+        streams = Streams(self.seed).at("step", self.steps_done)
+        clock, recipe = Stopwatch(), self.generator.recipe
+
+        # Explore: how do the branches of each group differ?
+        scenes, groups = draw_scenes(self.scenes, self.steps_done, self.prompts_per_step, self.seed)
+        plans = self.exploration.plan(scenes, groups, recipe, streams)
+        with self.policies.use(BEHAVIOUR):
+            tape = roll_out(self.generator, plans, self.exploration.kernel, self.keep)
+        clock.lap("rollout_s")
+
+        # Judge: which branches were better than their siblings?
+        scores = self.reward.score(decode_tape(self.generator, tape))
+        advantage = self.advantage(scores, tape.groups)
+        marks = self.regularizer.prepare(scores, tape.groups)
+        active = int(advantage.active.sum())
+        clock.lap("reward_s")
+
+        # Improve: towards the better ones, not too far.
+        def objective(views: Views, probes: Probes) -> Objective:
+            part = Advantage(advantage.values[probes.rows], advantage.active[probes.rows])
+            loss = self.surrogate.objective(views, probes, part)
+            penalty = self.regularizer.penalty(loss, None if marks is None else marks[probes.rows])
+            return combine(loss, penalty, part.active)
+
+        metrics: Scalars = {}
+        for update in range(self.updates_per_rollout if active else 0):
+            metrics = {}
+            for probes in self.surrogate.probes(tape, recipe, streams("probes", update)):
+                sums = self.policies.backward(objective, probes, self.view_names, self.micro_batch_size, active)
+                add_scalars(metrics, sums)
+            metrics |= self.optimizer.step(self.torch_optimizer, self.policies.parameters, self.updates_done)
+            self.policies.stepped()
+            self.updates_done += 1
+        self.policies.advance(self.steps_done)
+        clock.lap("update_s")
+
+        self.steps_done += 1
+        self.samples_seen += len(tape.groups)
+        return collect_metrics(metrics, scores, advantage, active, clock.laps)
+
+
+def combine(loss: Objective, penalty: Tensor, active: Tensor) -> Objective:
+    """Policy term plus penalty, zero for inactive clips: a gated clip must not move the policy through its penalty."""
+    gate = active.to(loss.per_clip)
+    metrics = {"policy_loss": loss.per_clip * gate, "penalty": penalty * gate}
+    metrics |= {name: value * gate for name, value in loss.metrics.items()}
+    return Objective((loss.per_clip + penalty) * gate, loss.written, metrics)

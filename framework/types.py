@@ -1,0 +1,245 @@
+"""The values of one training step, in the order in which they appear.
+
+    scenes ─plan→ GroupPlan ─roll_out→ Tape ─decode→ VideoBatch ─score→ Scores ─rule→ Advantage
+                                         └─probes→ Probes ─network→ Views ─objective→ Objective ─→ backward
+
+Shapes: P prompts (groups), B branches a group, N = P·B clips in group order, F latent frames, S noisy streams.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from framework.records import Record
+
+R = TypeVar("R", bound="Record")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A prompt and the latent frame from which it holds."""
+
+    prompt: str
+    start: int = 0
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What to generate: one prompt, or several that switch at given frames. ``key`` names its evaluation noise."""
+
+    key: str
+    segments: tuple[Segment, ...]
+
+    @classmethod
+    def single(cls, prompt: str, key: str | None = None) -> "Scene":
+        return cls(prompt if key is None else key, (Segment(prompt),))
+
+    @property
+    def prompt(self) -> str:
+        """The prompt in force at frame 0."""
+        return self.segments[0].prompt
+
+
+@dataclass(frozen=True)
+class BranchPlan:
+    """How one branch is generated. Branches of a group that have equal seeds share their noise."""
+
+    noise_seed: int
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """One prompt's group. Blocks [0, first_block) are generated once, with the prefix seed, and shared.
+
+    group: id that is unique over all ranks of a step; advantages are taken inside it.
+    """
+
+    group: int
+    scene: Scene
+    first_block: int
+    blocks: int
+    prefix_seed: int
+    branches: tuple[BranchPlan, ...]
+
+
+@dataclass(frozen=True)
+class Tape:
+    """What a rollout left behind: the plans it followed and the records somebody asked for, clips in group order."""
+
+    plans: tuple[GroupPlan, ...]
+    records: Mapping[type, "Record"]
+
+    def __getitem__(self, kind: type[R]) -> R:
+        """The record of a kind, or of a subclass of it. Raises KeyError that names the missing record."""
+        for written, record in self.records.items():
+            if issubclass(written, kind):
+                return record  # pyright: ignore[reportReturnType]
+        raise KeyError(f"the rollout kept no {kind.__name__}; it kept {[k.__name__ for k in self.records]}")
+
+    @property
+    def groups(self) -> Tensor:
+        """Group id of every clip [N]."""
+        return torch.tensor([plan.group for plan in self.plans for _ in plan.branches])
+
+    @property
+    def scenes(self) -> list[Scene]:
+        """Scene of every clip [N]."""
+        return [plan.scene for plan in self.plans for _ in plan.branches]
+
+
+@dataclass(frozen=True)
+class Window:
+    """A span of frames with the prompt it is judged by."""
+
+    start: int
+    stop: int
+    prompt: str
+
+
+@dataclass(frozen=True)
+class VideoBatch:
+    """Decoded clips as a viewer sees them.
+
+    frames: uint8 [N, T, 3, H, W]. fps: true frames per second. windows: per clip, the spans and prompts it is judged
+    by; spans count pixel frames of this batch. Every clip has at least one window.
+    """
+
+    frames: Tensor
+    fps: float
+    windows: tuple[tuple[Window, ...], ...]
+
+    def __post_init__(self) -> None:
+        if self.frames.dtype != torch.uint8 or self.frames.ndim != 5 or self.frames.shape[2] != 3:
+            raise ValueError(
+                f"VideoBatch.frames must be uint8 [N, T, 3, H, W], got {self.frames.dtype} {tuple(self.frames.shape)}"
+            )
+        if len(self.windows) != len(self.frames) or not all(self.windows):
+            raise ValueError("VideoBatch.windows needs at least one window for each clip")
+
+    @classmethod
+    def from_signed(cls, frames: Tensor, fps: float, prompts: Sequence[str]) -> "VideoBatch":
+        """From floats in [−1, 1], [N, T, 3, H, W]; values outside are clamped as a decoder's are. NaN is refused."""
+        if not bool(torch.isfinite(frames).all()):
+            raise ValueError("non-finite pixels: the generator produced NaN or infinity")
+        pixels = ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return cls(pixels, fps, tuple((Window(0, frames.shape[1], prompt),) for prompt in prompts))
+
+    @property
+    def prompts(self) -> list[str]:
+        """The first window's prompt of each clip."""
+        return [windows[0].prompt for windows in self.windows]
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a reward model says. A failed score is invalid; it is never a zero.
+
+    values: per signal float32 [N] (the mean over windows). valid: per signal bool [N]. windows: per signal [N, W],
+    where the model scored windows apart.
+    """
+
+    values: Mapping[str, Tensor]
+    valid: Mapping[str, Tensor]
+    windows: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value in self.values.items():
+            if name not in self.valid or self.valid[name].shape != value.shape:
+                raise ValueError(f"the reward signal {name!r} needs a validity flag for each of its values")
+            if bool((~torch.isfinite(value) & self.valid[name]).any()):
+                raise ValueError(f"the reward signal {name!r} is non-finite but marked valid")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Tensor]) -> "Scores":
+        """All finite values are valid, all others are not."""
+        return cls(values, {name: torch.isfinite(value) for name, value in values.items()})
+
+    def __or__(self, other: "Scores") -> "Scores":
+        """Signals of both. Raises ValueError when a name occurs twice."""
+        twice = set(self.values) & set(other.values)
+        if twice:
+            raise ValueError(f"two reward models give the same signal {sorted(twice)}; rename one")
+        return Scores({**self.values, **other.values}, {**self.valid, **other.valid}, {**self.windows, **other.windows})
+
+
+@dataclass(frozen=True)
+class Advantage:
+    """How much better each clip was than its siblings. values: float32 [N]; active: bool [N], False drops the clip
+    (and every penalty on it) from the update without changing the others' weight; metrics: scalars to log."""
+
+    values: Tensor
+    active: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Where the policies are asked for their velocity: noisy versions of blocks behind a clean context.
+
+    noisy: [N, S, C, F, H, W], S versions of the F window frames that start at frame ``start``.
+    sigma: noise level per frame [N, S, F]. clean: the window's clean latents [N, C, F, H, W]; a block is asked behind
+    the clean blocks before it. prefix: clean latents [P, C, start, H, W] before the window, shared by the N/P
+    consecutive clips of a group. prompts: one per group [P]. rows: which clips of the tape these are [N].
+    history_grad: whether gradient reaches the weights through the encoding of the clean context (RAVEN) or only
+    through the noisy blocks. extra: tensors [N, …] that the objective needs beside the views.
+    """
+
+    noisy: Tensor
+    sigma: Tensor
+    clean: Tensor
+    start: int
+    prefix: Tensor | None
+    prompts: tuple[str, ...]
+    rows: Tensor
+    history_grad: bool = False
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.noisy)
+
+    def split(self, clips: int) -> Iterator["Probes"]:
+        """Micro-batches of whole groups where possible, else of equal parts of a group; order is kept."""
+        branches = len(self) // len(self.prompts)
+        clips = min(clips, len(self))
+        step = clips - clips % branches if clips >= branches else clips
+        if clips < branches and branches % clips:
+            raise ValueError(f"micro_batch_size={clips} must divide the group size {branches} or be a multiple of it")
+        for first in range(0, len(self), step):
+            part = slice(first, first + step)
+            groups = slice(first // branches, -(-min(first + step, len(self)) // branches))
+            yield replace(
+                self,
+                noisy=self.noisy[part],
+                sigma=self.sigma[part],
+                clean=self.clean[part],
+                prefix=None if self.prefix is None else self.prefix[groups],
+                prompts=self.prompts[groups],
+                rows=self.rows[part],
+                extra={name: value[part] for name, value in self.extra.items()},
+            )
+
+
+Views = Mapping[str, Tensor]
+"""Velocities [N, S, C, F, H, W] at the probes, by policy name: "current", "behaviour", "reference"."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A loss as data: per-clip values [N] still to be averaged over the active clips of the world.
+
+    written: records for the regularizer. metrics: per-clip values [N] to log, averaged like the loss.
+    """
+
+    per_clip: Tensor
+    written: Mapping[type, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+ObjectiveFunction = Callable[[Views, Probes], Objective]

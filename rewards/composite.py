@@ -1,0 +1,62 @@
+"""Several reward models as one, and one signal as a weighted sum of others."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from framework.interfaces import RewardModel
+from framework.types import Scores, VideoBatch
+
+
+@dataclass(frozen=True)
+class CompositeReward(RewardModel):
+    """All signals of several reward models, side by side; advantage rules weigh them. Names must differ."""
+
+    models: Sequence[RewardModel]
+
+    def __post_init__(self) -> None:
+        names = [name for model in self.models for name in model.signals]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice or not names:
+            raise ValueError(
+                f"CompositeReward.models need distinct signals and at least one model; given twice: {twice}"
+            )
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        return tuple(name for model in self.models for name in model.signals)
+
+    def score(self, videos: VideoBatch) -> Scores:
+        scores = self.models[0].score(videos)
+        for model in self.models[1:]:
+            scores = scores | model.score(videos)
+        return scores
+
+
+@dataclass(frozen=True)
+class WeightedReward(RewardModel):
+    """One signal Σ_k w_k r_k / Σ_k |w_k| of another model's raw scores; invalid where any of them is."""
+
+    model: RewardModel
+    weights: Mapping[str, float]
+    name: str = "weighted"
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.weights) - set(self.model.signals))
+        if unknown or not any(self.weights.values()):
+            raise ValueError(
+                f"WeightedReward.weights must weigh signals of {list(self.model.signals)}, not all 0; "
+                f"got {dict(self.weights)}"
+            )
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    def score(self, videos: VideoBatch) -> Scores:
+        raw = self.model.score(videos)
+        scale = sum(abs(w) for w in self.weights.values())
+        value = torch.stack([w * raw.values[name] for name, w in self.weights.items()]).sum(0) / scale
+        valid = torch.stack([raw.valid[name] for name in self.weights]).all(0)
+        return Scores({self.name: value}, {self.name: valid})

@@ -1,0 +1,90 @@
+"""Packaging. The entry points are the registry: what a gin file can name, see `framework.registry`."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+VERSION = re.search(r'^__version__ = "(.+)"$', Path("framework/__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
+if VERSION is None:
+    raise SystemExit("setup.py: framework/__init__.py has no __version__")
+
+PARTS = [
+    # exploration
+    "noise_endpoint = strategies.exploration.noise_endpoint",
+    # surrogates
+    "nft = strategies.surrogates.nft",
+    # regularizers
+    "none = strategies.regularizers.none",
+    "velocity_kl = strategies.regularizers.velocity_kl",
+    # pre-training
+    "teacher_forcing = strategies.distillation.teacher_forcing",
+    "dmd = strategies.distillation.dmd",
+    # rewards
+    "shapes = rewards.shapes",
+    "shapes_proxies = rewards.shapes_proxies",
+    "composite = rewards.composite",
+    "random_control = rewards.random_control",
+    # generators
+    "embedded = backbones.embedded.generator",
+    # the framework's own
+    "adapters = framework.adapters",
+    "advantages = framework.advantages",
+    "evaluation.HeldOut = framework.evaluation:HeldOut",
+    "kernels = framework.kernels",
+    "optimization = framework.optimization",
+    "optimization.AdamW = framework.optimization:AdamW",
+    "scenes = framework.data.scenes",
+    "schedules.FewStepSchedule = framework.schedules:FewStepSchedule",
+    "controls.ShapesControls = framework.data.shapes_controls:ShapesControls",
+    "world.PreferenceWorld = framework.data.shapes:PreferenceWorld",
+]
+
+setup(
+    name="armillary",
+    version=VERSION.group(1),
+    description="Preference alignment of streaming autoregressive video generators, in interchangeable parts",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    package_dir={"": "."},
+    packages=find_packages(
+        include=[
+            *("framework", "framework.*", "strategies", "strategies.*", "backbones", "backbones.*"),
+            *("rewards", "rewards.*", "theory_checks", "theory_checks.*", "configs"),
+        ]
+    ),
+    include_package_data=False,
+    package_data={"configs": ["*.gin", "**/*.gin"], "backbones.embedded": ["*.safetensors", "**/*.safetensors"]},
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "diffusers>=0.42,<0.44",
+        "transformers>=5,<6",
+        "peft>=0.21,<0.23",
+        "gin-config==0.5.*",
+        "numpy>=2,<3",
+        "einops>=0.8,<1",
+        "safetensors>=0.6,<1",
+        "tensorboard>=2.18,<3",
+        "av>=14,<19",
+        "pillow>=11,<14",
+        "matplotlib>=3.9,<4",
+        "tqdm>=4.66,<5",
+        "ftfy>=6.2,<7",
+        "hypothesis>=6.120,<7",
+        "pytest>=8,<10",
+    ],
+    extras_require={
+        "dev": [
+            "build>=1.2,<2",
+            "import-linter>=2.3,<3",
+            "pyright>=1.1.400,<1.2",
+            "pytest-xdist>=3.6,<4",
+            "ruff>=0.12,<1",
+        ],
+    },
+    entry_points={
+        "console_scripts": ["armillary = framework.cli:main"],
+        "armillary.parts": PARTS,
+    },
+)

@@ -1,0 +1,1 @@
+"""The methods: how to explore, what to optimise, what to hold on to. One method a file."""

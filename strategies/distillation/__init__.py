@@ -1,0 +1,1 @@
+"""How a few-step generator is made: teacher forcing, then distribution matching on its own rollouts."""

@@ -1,0 +1,1 @@
+"""What keeps the policy near a reference."""

@@ -1,0 +1,1 @@
+"""What is optimised in place of the reward."""

@@ -1,0 +1,1 @@
+"""Tests of armillary; the folders mirror the source."""

@@ -1,0 +1,22 @@
+"""`python -m theory_checks` prints statement, instance, residual and verdict of every check; exits 1 when one fails."""
+
+import sys
+
+from framework.report import format_table
+from theory_checks import advantage_centring, consistency_kernel, nft_gradient
+
+CHECKS = (nft_gradient, advantage_centring, consistency_kernel)
+
+
+def main() -> int:
+    findings = [module.check() for module in CHECKS]
+    rows = [
+        (f.statement, f.instance, f"{f.residual:.1e}", f"{f.tolerance:.0e}", f"{f.planted:.1e}", "holds" if f.holds else "FAILS")
+        for f in findings
+    ]  # fmt: skip
+    print(format_table(rows, ("statement", "instance", "residual", "tolerance", "planted error", "verdict")))
+    return 0 if all(f.holds for f in findings) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
