@@ -1,4 +1,4 @@
-"""Packaging. The entry points are the registry: what a gin file can name, see `framework.registry`."""
+"""Packaging. The entry points are the registry: what a gin file can name, see `framework.config.registry`."""
 
 import re
 from pathlib import Path

@@ -21,11 +21,11 @@ from framework.evaluation import EvaluationResult, HeldOut, decode_tape, evaluat
 from framework.interfaces import StreamingGenerator
 from framework.kernels import Consistency, Ode
 from framework.records import Endpoints, Predictions
+from framework.reporting.statistics import clustered_bootstrap
+from framework.reporting.summary import control_lines, headroom, score_line
 from framework.rollout import roll_out
 from framework.schedules import FewStepSchedule
 from framework.selfchecks import replay_deviation
-from framework.statistics import clustered_bootstrap
-from framework.summary import control_lines, headroom, score_line
 from framework.types import VideoBatch
 from rewards.shapes import ShapesReward
 

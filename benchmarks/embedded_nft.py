@@ -17,8 +17,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from framework.report import gain_table, markdown_table
-from framework.summary import read_scores
+from framework.reporting.report import gain_table, markdown_table
+from framework.reporting.summary import read_scores
 from rewards.shapes import ShapesReward
 
 ARMS = {

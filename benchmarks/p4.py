@@ -25,7 +25,7 @@ from backbones.embedded.generator import CONFIG
 from backbones.history import FullHistory, HistoryPolicy, SinkWindow
 from benchmarks.measure import LiveBytes, Row, storage_bytes
 from benchmarks.scenarios import draw_blocks, group_plan, random_generator
-from framework.generation import generate
+from framework.commands.generate import generate
 from framework.kernels import Consistency
 from framework.records import Endpoints
 from framework.rollout import denoise_block, roll_out

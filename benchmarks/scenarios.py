@@ -13,7 +13,7 @@ from backbones.wan.transformer import CausalWanTransformer3DModel
 from framework.data.shapes import CAPTIONS
 from framework.kernels import TransitionKernel
 from framework.rng import draw_noise
-from framework.rollout import denoise_block, noise_count
+from framework.rollout import generate_prefix, noise_shape
 from framework.types import BranchPlan, GroupPlan, Scene
 
 MIDDLE: dict[str, Any] = {
@@ -49,15 +49,11 @@ def group_plan(first_block: int, blocks: int, branches: int, group: int = 0) -> 
 
 def draw_blocks(generator: ShapesGenerator, seeds: Sequence[int], blocks: int, kernel: TransitionKernel) -> Tensor:
     """Noise [N, 1 + draws, C, F, H, W] of whole windows, as `roll_out` draws it."""
-    recipe = generator.recipe
-    channels, height, width = recipe.latent
-    return draw_noise(seeds, (noise_count(kernel, recipe), channels, blocks * recipe.block_frames, height, width))
+    return draw_noise(seeds, noise_shape(generator, kernel, blocks))
 
 
 def roll_prefix(generator: ShapesGenerator, plan: GroupPlan, kernel: TransitionKernel) -> WanStream:
     """The prefix of a group alone: the stream of one clip after it."""
-    stream = generator.open([plan.scene.prompt])
-    noise = draw_blocks(generator, [plan.prefix_seed], plan.first_block, kernel)
-    for block in noise.split(generator.recipe.block_frames, dim=3):
-        stream = generator.commit(denoise_block(generator, stream, block, kernel).x0, stream)
+    stream, _ = generate_prefix(generator, [plan], kernel)
+    assert isinstance(stream, WanStream), "a generator continues the kind of stream that it opened"
     return stream

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from framework import __version__
-from framework.registry import ConfigError, Registry, did_you_mean, first_sentence, interface, one_line
-from framework.signatures import EMPTY, spell
+from framework.config.registry import ConfigError, Registry, did_you_mean, first_sentence, interface, one_line
+from framework.config.signatures import EMPTY, spell
 
 COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "train": (
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(options: argparse.Namespace) -> None:
     """Read the configuration of a command and run it."""
-    from framework.config import load_config
+    from framework.config.load import load_config
 
     if not options.gin_file and not options.gin_param:
         raise ConfigError(f"{options.command} needs a --gin_file; `armillary list` shows the packaged ones")
@@ -179,7 +179,7 @@ def show_list(name: str | None, plugins: Sequence[str]) -> None:
             default = "required" if parameter.default is EMPTY else f"default {parameter.default!r}"
             print(f"  {part.name}.{parameter.name}: {spell(parameter.annotation)} ({default})")
         return
-    from framework.config import packaged_configs
+    from framework.config.load import packaged_configs
 
     parts, broken = registry.offered()
     groups: dict[str, list[str]] = {}

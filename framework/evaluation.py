@@ -9,8 +9,8 @@ from torch import Tensor
 from framework.data.scenes import SceneSource
 from framework.interfaces import ControlVideos, RewardModel, StreamingGenerator
 from framework.kernels import Consistency, TransitionKernel
-from framework.progress import progress
 from framework.records import Endpoints
+from framework.reporting.progress import progress
 from framework.rng import derive_seed
 from framework.rollout import roll_out
 from framework.types import BranchPlan, GroupPlan, Scene, Scores, Tape, VideoBatch

@@ -13,7 +13,7 @@ from torch import Tensor
 from framework.interfaces import GeneratorRecipe, Stream, StreamingGenerator
 from framework.kernels import TransitionKernel
 from framework.records import Endpoints, OnPolicyTransitions, Predictions, Record
-from framework.rng import draw_noise
+from framework.rng import derive_seed, draw_noise
 from framework.types import GroupPlan, Tape
 
 
@@ -50,18 +50,18 @@ def denoise_block(generator: StreamingGenerator, stream: Stream, noise: Tensor, 
 
 
 def generate_blocks(
-    generator: StreamingGenerator, stream: Stream, noise: Tensor, kernel: TransitionKernel, *, commit_last: bool = False
-) -> Iterator[tuple[BlockTrace, Stream]]:
-    """Continue a stream over noise [N, 1 + draws, C, F, H, W], block by block: (trace, stream after the block).
+    generator: StreamingGenerator, stream: Stream, noise: Tensor, kernel: TransitionKernel
+) -> Iterator[BlockTrace]:
+    """Continue a stream over noise [N, 1 + draws, C, F, H, W], block by block.
 
-    The last block is committed only on request: nobody sees it unless the stream goes on.
+    The last block is not committed: nobody sees it.
     """
     blocks = noise.split(generator.recipe.block_frames, dim=3)
     for i, block_noise in enumerate(blocks):
         trace = denoise_block(generator, stream, block_noise, kernel)
-        if commit_last or i < len(blocks) - 1:
+        if i < len(blocks) - 1:
             stream = generator.commit(trace.x0, stream)
-        yield trace, stream
+        yield trace
 
 
 @torch.no_grad()
@@ -80,29 +80,54 @@ def roll_out(
     if any((p.first_block, p.blocks, len(p.branches)) != (first, blocks, branches) for p in plans):
         raise ValueError("the plans of one rollout must share their window and their group size")
     recipe = generator.recipe
-    device = next(generator.network.parameters()).device
-    draws = noise_count(kernel, recipe)
-
-    def noise_of(seeds: Sequence[int], count: int) -> Tensor:
-        channels, height, width = recipe.latent
-        shape = (draws, channels, count * recipe.block_frames, height, width)
-        return draw_noise(seeds, shape, device)
-
-    trunk = generator.open([plan.scene.prompt for plan in plans])
-    prefix: list[Tensor] = []
-    if first:
-        noise = noise_of([plan.prefix_seed for plan in plans], first)
-        for trace, after in generate_blocks(generator, trunk, noise, kernel, commit_last=True):
-            prefix.append(trace.x0)
-            trunk = after
+    trunk, prefix = generate_prefix(generator, plans, kernel)
     stream = generator.fork(trunk, branches)
-    noise = noise_of([branch.noise_seed for plan in plans for branch in plan.branches], blocks)
-    traces = [trace for trace, _ in generate_blocks(generator, stream, noise, kernel)]
+    seeds = [branch.noise_seed for plan in plans for branch in plan.branches]
+    noise = draw_noise(seeds, noise_shape(generator, kernel, blocks), device_of(generator))
+    path_asked = any(issubclass(kind, tuple(keep)) for kind in (Predictions, OnPolicyTransitions))
+    traces = [
+        trace if path_asked else BlockTrace((trace.x0,), ())
+        for trace in generate_blocks(generator, stream, noise, kernel)
+    ]
     return Tape(tuple(plans), dict(_write(traces, prefix, first * recipe.block_frames, recipe, keep)))
 
 
+def generate_prefix(
+    generator: StreamingGenerator, plans: Sequence[GroupPlan], kernel: TransitionKernel
+) -> tuple[Stream, Tensor | None]:
+    """(the stream after the shared blocks of each plan, their latents [P, C, start, H, W] or None).
+
+    Noise is drawn block by block from (prefix seed, block), so that memory does not grow with the length but for the
+    latents themselves.
+    """
+    stream = generator.open([plan.scene.prompt for plan in plans])
+    blocks, size = plans[0].first_block, generator.recipe.block_frames
+    if not blocks:
+        return stream, None
+    channels, height, width = generator.recipe.latent
+    shape, device = noise_shape(generator, kernel, 1), device_of(generator)
+    latents = torch.empty(len(plans), channels, blocks * size, height, width, device=device)
+    for block in range(blocks):
+        seeds = [derive_seed(plan.prefix_seed, "block", block) for plan in plans]
+        x0 = denoise_block(generator, stream, draw_noise(seeds, shape, device), kernel).x0
+        stream = generator.commit(x0, stream)
+        latents[:, :, block * size : (block + 1) * size] = x0
+    return stream, latents
+
+
+def noise_shape(generator: StreamingGenerator, kernel: TransitionKernel, blocks: int) -> tuple[int, ...]:
+    """Shape of the noise of one clip of so many blocks: (1 + draws, C, F, H, W)."""
+    channels, height, width = generator.recipe.latent
+    return noise_count(kernel, generator.recipe), channels, blocks * generator.recipe.block_frames, height, width
+
+
+def device_of(generator: StreamingGenerator) -> torch.device:
+    """Where the generator's network is."""
+    return next(generator.network.parameters()).device
+
+
 def _write(
-    traces: list[BlockTrace], prefix: list[Tensor], start: int, recipe: GeneratorRecipe, keep: frozenset[type[Record]]
+    traces: list[BlockTrace], prefix: Tensor | None, start: int, recipe: GeneratorRecipe, keep: frozenset[type[Record]]
 ) -> Iterator[tuple[type[Record], Record]]:
     """The records somebody asked for; a record type stands for its subclasses."""
 
@@ -114,7 +139,7 @@ def _write(
         return torch.cat([torch.stack(t.states[part], 1) for t in traces], dim=3)
 
     latents = torch.cat([trace.x0 for trace in traces], dim=2)
-    yield Endpoints, Endpoints(latents, torch.cat(prefix, dim=2) if prefix else None, start)
+    yield Endpoints, Endpoints(latents, prefix, start)
     if asked(Predictions):
         velocities = torch.cat([torch.stack(t.velocities, 1) for t in traces], dim=3)
         yield Predictions, Predictions(path(slice(None, -1)), velocities, recipe.schedule.sigmas)

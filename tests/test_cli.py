@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from framework import cli, registry
-from framework.registry import ConfigError
-from framework.signatures import read_parameters
+from framework import cli
+from framework.config import registry
+from framework.config.registry import ConfigError
+from framework.config.signatures import read_parameters
 
 HOME = Path(__file__).resolve().parent.parent
 PLAIN = "import tests.config_samples as toy\ntrain.exploration = @toy.Noise()\n"
@@ -55,7 +56,7 @@ def test_a_flag_is_a_binding_and_one_that_is_not_given_is_none(
     flag: str, toy_file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[dict] = []
-    monkeypatch.setattr("framework.config.Configuration.run", lambda self: seen.append(self.build()))
+    monkeypatch.setattr("framework.config.load.Configuration.run", lambda self: seen.append(self.build()))
     assert cli.main(["train", "--gin_file", toy_file, flag]) == 0
     name, _, value = flag.removeprefix("--").partition("=")
     assert set(seen[0]) == {"exploration", name} and str(seen[0][name]) == (value or "True")

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from framework.cli import main
-from framework.config import packaged_configs
-from framework.metrics import read_metrics
+from framework.config.load import packaged_configs
+from framework.reporting.metrics import read_metrics
 
 SMALL = [
     "--gin_param", "evaluation.HeldOut.members = 1",

@@ -9,10 +9,10 @@ from gin import config as gin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from framework import registry
-from framework.bindings import MACRO, Bindings, Reference
-from framework.config import COMMAND, LATER, Configuration, load_config, packaged_configs
-from framework.registry import ConfigError
+from framework.config import registry
+from framework.config.bindings import MACRO, Bindings, Reference
+from framework.config.load import COMMAND, LATER, Configuration, load_config, packaged_configs
+from framework.config.registry import ConfigError
 from tests import config_samples
 from tests.config_samples import Colour, Noise, Routing
 
@@ -103,7 +103,7 @@ def test_files_of_the_current_folder_win_over_packaged_ones(tmp_path: Path, monk
         folder.mkdir()
         (folder / "base.gin").write_text(f"train.seed = {seed}\n")
     (packaged / "run.gin").write_text(f"include 'base.gin'\n{PLAIN}")
-    monkeypatch.setattr("framework.config.packaged_folder", lambda: packaged)
+    monkeypatch.setattr("framework.config.load.packaged_folder", lambda: packaged)
     monkeypatch.chdir(here)
     assert load_config("train", gin_files=["base.gin"], gin_params=[PLAIN]).build()["seed"] == 2
     assert load_config("train", gin_files=["run.gin"]).build()["seed"] == 1, "a packaged file includes packaged files"
@@ -425,7 +425,7 @@ def test_a_file_may_replace_a_part_that_an_included_file_configured(tmp_path: Pa
 def test_a_reading_without_inheritance_of_scopes_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     text = TOY + "train.exploration = @a/toy.Noise()\ntoy.Noise.count = 2"
     assert load(text).build()["exploration"] == Noise(count=2)
-    monkeypatch.setattr("framework.bindings.scopes_of", lambda scope: [scope])
+    monkeypatch.setattr("framework.config.bindings.scopes_of", lambda scope: [scope])
     assert "toy.Noise.count is bound but never used" in refusal(text)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from framework.data.shapes import CAPTIONS, ClipFactors, render_clips
-from framework.metrics import MetricsLogger, encode_line, read_metrics, to_floats
+from framework.reporting.metrics import MetricsLogger, encode_line, read_metrics, to_floats
 from framework.types import VideoBatch
 
 FRAMES, FPS = 21, 8.0

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from framework import progress as module
-from framework.progress import progress
+from framework.reporting import progress as module
+from framework.reporting.progress import progress
 
 
 class Terminal(io.StringIO):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from framework.metrics import read_metrics
-from framework.report import (
+from framework.reporting.metrics import read_metrics
+from framework.reporting.report import (
     EVALUATION_TAG,
     GAIN_HEADERS,
     ROLLOUT_TAG,
@@ -24,7 +24,7 @@ from framework.report import (
     reward_curve,
     running_mean,
 )
-from framework.statistics import clustered_bootstrap
+from framework.reporting.statistics import clustered_bootstrap
 
 
 def scores(seed: int, shift: float = 0.0) -> dict[str, Tensor]:

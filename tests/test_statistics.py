@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from framework.statistics import clustered_bootstrap
+from framework.reporting.statistics import clustered_bootstrap
 
 Interval = Callable[[np.ndarray], tuple[float, float, float]]
 
@@ -90,7 +90,7 @@ def test_constant_differences_have_an_interval_of_no_width(gain: float, captions
 
 def test_memory_chunks_do_not_change_what_an_interval_is(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = clustered_bootstrap(draw(0), resamples=4000)
-    monkeypatch.setattr("framework.statistics.CHUNK", 24 * 100)
+    monkeypatch.setattr("framework.reporting.statistics.CHUNK", 24 * 100)
     assert clustered_bootstrap(draw(0), resamples=4000) == whole  # the generator's draws continue over chunks
 
 

@@ -15,9 +15,18 @@ from PIL import Image
 from torch import Tensor
 
 from framework.data.shapes import CAPTIONS, SIZE, ClipFactors, render_clips
-from framework.sheets import before_after_animation, before_after_sheet, contact_sheet, font, wrap_text
+from framework.reporting.sheets import before_after_animation, before_after_sheet, contact_sheet, font, wrap_text
+from framework.reporting.videos import (
+    Mp4Writer,
+    choose_palette,
+    encode_gif,
+    enlarge,
+    nearest_colours,
+    tile,
+    write_gif,
+    write_mp4,
+)
 from framework.types import VideoBatch
-from framework.videos import Mp4Writer, choose_palette, encode_gif, enlarge, nearest_colours, tile, write_gif, write_mp4
 
 FPS, FRAMES = 8.0, 21
 

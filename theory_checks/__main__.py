@@ -2,7 +2,7 @@
 
 import sys
 
-from framework.report import format_table
+from framework.reporting.report import format_table
 from theory_checks import advantage_centring, consistency_kernel, nft_gradient
 
 CHECKS = (nft_gradient, advantage_centring, consistency_kernel)

@@ -104,7 +104,7 @@ class DistributionMatching(PretrainingStage):
         frames = recipe.clip_blocks * recipe.block_frames
         shape = (len(prompts), noise_count(kernel, recipe), channels, frames, height, width)
         noise = torch.randn(shape, generator=random)
-        traces = [t for t, _ in generate_blocks(generator, generator.open(prompts), noise, kernel)]
+        traces = list(generate_blocks(generator, generator.open(prompts), noise, kernel))
         states = torch.cat([torch.stack(t.states[:-1], 1) for t in traces], dim=3)
         return states, torch.cat([t.x0 for t in traces], dim=2)
 

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from backbones.embedded.generator import ShapesGenerator
+from framework.commands.pretrain import initialise, pretrain
 from framework.data.scenes import ShapesCaptions
 from framework.data.shapes import PreferenceWorld
 from framework.evaluation import HeldOut
-from framework.pretraining import initialise, pretrain
 from rewards.shapes import ShapesReward
 from strategies.distillation.dmd import DistributionMatching
 from strategies.distillation.teacher_forcing import TeacherForcing

@@ -15,8 +15,8 @@ from backbones.history import FullHistory, HistoryPolicy, SinkWindow
 from framework.evaluation import decode_tape
 from framework.kernels import Consistency, Ode, TransitionKernel
 from framework.records import Endpoints, OnPolicyTransitions, Predictions, Record, Transitions
-from framework.rng import draw_noise
-from framework.rollout import denoise_block, generate_blocks, noise_count, roll_out
+from framework.rng import derive_seed, draw_noise
+from framework.rollout import denoise_block, generate_blocks, noise_count, noise_shape, roll_out
 from framework.selfchecks import check_replay, replay_deviation, replay_probes
 from framework.types import BranchPlan, GroupPlan, Probes, Tape
 from tests.support import PROMPTS, close, group_plans, holds, over, refuted, tiny_generator
@@ -122,16 +122,14 @@ def test_the_branch_check_sees_noise_that_ignores_the_seeds(monkeypatch):
 
 def unforked(generator: ShapesGenerator, plan: GroupPlan, kernel: TransitionKernel) -> Tensor:
     """One stream from frame 0 with the noise of the prefix and of the first branch, no fork anywhere."""
-    recipe = generator.recipe
-    shape = (noise_count(kernel, recipe), recipe.latent[0], 0, *recipe.latent[1:])
+    before = [derive_seed(plan.prefix_seed, "block", block) for block in range(plan.first_block)]
     parts = [
-        draw_noise([seed], (*shape[:2], count * recipe.block_frames, *shape[3:]))
-        for seed, count in ((plan.prefix_seed, plan.first_block), (plan.branches[0].noise_seed, plan.blocks))
-        if count
+        *(draw_noise([seed], noise_shape(generator, kernel, 1)) for seed in before),
+        draw_noise([plan.branches[0].noise_seed], noise_shape(generator, kernel, plan.blocks)),
     ]
     with torch.no_grad():
         stream = generator.open([plan.scene.prompt])
-        traces = [trace for trace, _ in generate_blocks(generator, stream, torch.cat(parts, dim=3), kernel)]
+        traces = list(generate_blocks(generator, stream, torch.cat(parts, dim=3), kernel))
     return torch.cat([trace.x0 for trace in traces], dim=2)
 
 

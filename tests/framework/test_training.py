@@ -9,12 +9,12 @@ import torch
 
 from framework.adapters import Adaptation, LoRA, load_adaptation
 from framework.advantages import GroupRelative
+from framework.commands.train import train
 from framework.compatibility import IncompatibleRecipe
 from framework.data.scenes import PromptFile, ShapesCaptions
 from framework.evaluation import HeldOut
 from framework.kernels import Ode
 from framework.optimization import AdamW, Constant
-from framework.training import train
 from rewards.shapes import ShapesReward
 from strategies.exploration.noise_endpoint import NoiseEndpoint
 from strategies.regularizers.none import NoRegularizer

@@ -217,7 +217,8 @@ def check_probes(probes: Probes, clean: Tensor) -> None:
     """One level per block, above the floor, independent between blocks and streams; the clip itself is the context."""
     blocks = probes.sigma.unflatten(-1, (-1, 3))
     assert bool((blocks == blocks[..., :1]).all()) and bool((probes.sigma >= X0_SIGMA_FLOOR).all())
-    assert len(set(blocks[..., 0].flatten().tolist())) > 0.9 * blocks[..., 0].numel()
+    drawn = [level for level in blocks[..., 0].flatten().tolist() if level > 1.001 * X0_SIGMA_FLOOR]
+    assert len(set(drawn)) == len(drawn)
     noise = probes.extra["target"] + clean.unsqueeze(1)
     close(probes.noisy, add_noise(clean.unsqueeze(1), noise, expand_sigma(probes.sigma)), atol=1e-5)
     assert probes.clean is clean and probes.history_grad and probes.prefix is None and probes.start == 0
@@ -230,8 +231,22 @@ def test_every_block_of_a_clip_is_asked_at_its_own_level(clips: int, streams: in
     probes = stage.probes(clean, captions, 3, 5.0, torch.Generator().manual_seed(seed))
     check_probes(probes, clean)
     assert probes.noisy.shape[1] == streams and probes.prompts == tuple(str(c) for c in captions)
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        lambda sigma: sigma.roll(1, dims=-1),  # blocks cut elsewhere
+        lambda sigma: sigma[..., :1].expand_as(sigma),  # one level for all blocks
+        lambda sigma: sigma[:, :1].expand_as(sigma),  # one level for all streams
+        lambda sigma: sigma * 0.01,  # below the floor
+    ],
+)
+def test_the_level_check_sees_levels_drawn_wrong(plant):
+    clean, captions = PreferenceWorld().sample(2, 9, torch.Generator().manual_seed(0))
+    probes = TeacherForcing(noisy_streams=2).probes(clean, captions, 3, 5.0, torch.Generator().manual_seed(0))
     with pytest.raises(AssertionError):
-        check_probes(replace(probes, sigma=probes.sigma.roll(1, -1)), clean)
+        check_probes(replace(probes, sigma=plant(probes.sigma)), clean)
 
 
 def test_the_rate_warms_up_holds_and_cools_down():

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from framework.registry import ConfigError, Part, Registry, did_you_mean
-from framework.signatures import EMPTY, Built, Parameter, Unbuilt, built_kind, fits, spell
+from framework.config.registry import ConfigError, Part, Registry, did_you_mean
+from framework.config.signatures import EMPTY, Built, Parameter, Unbuilt, built_kind, fits, spell
 
 MACRO, SINGLETON = "gin.macro", "gin.singleton"
 BUILTIN = {

@@ -20,14 +20,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from framework.signatures import Parameter, built_kind, read_parameters
+from framework.config.signatures import Parameter, built_kind, read_parameters
 
 GROUP = "armillary.parts"
 ROOTS = {
-    "train": "framework.training:train",
-    "evaluate": "framework.judging:evaluate",
-    "generate": "framework.generation:generate",
-    "pretrain": "framework.pretraining:pretrain",
+    "train": "framework.commands.train:train",
+    "evaluate": "framework.commands.evaluate:evaluate",
+    "generate": "framework.commands.generate:generate",
+    "pretrain": "framework.commands.pretrain:pretrain",
 }
 """The commands: keyword-only functions that a configuration is bound to."""
 

@@ -7,13 +7,13 @@ from safetensors.torch import save_file
 from framework.adapters import load_adaptation
 from framework.evaluation import HeldOut
 from framework.interfaces import StreamingGenerator
-from framework.progress import say
-from framework.report import format_table, markdown_table
-from framework.runfolder import create_run_folder, fresh_folder
-from framework.sheets import contact_sheet
-from framework.statistics import clustered_bootstrap
-from framework.summary import control_lines, headroom
-from framework.videos import visible_scale, write_mp4
+from framework.reporting.progress import say
+from framework.reporting.report import format_table, markdown_table
+from framework.reporting.runfolder import create_run_folder, fresh_folder
+from framework.reporting.sheets import contact_sheet
+from framework.reporting.statistics import clustered_bootstrap
+from framework.reporting.summary import control_lines, headroom
+from framework.reporting.videos import visible_scale, write_mp4
 
 HEADERS = ("signal", "mean", "low", "high")
 

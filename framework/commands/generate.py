@@ -12,12 +12,12 @@ from framework.adapters import load_adaptation
 from framework.data.scenes import PromptFile
 from framework.interfaces import StreamingGenerator
 from framework.kernels import Consistency, TransitionKernel
-from framework.progress import progress, say
+from framework.reporting.progress import progress, say
+from framework.reporting.runfolder import create_run_folder, fresh_folder
+from framework.reporting.videos import Mp4Writer, visible_scale
 from framework.rng import derive_seed, draw_noise
-from framework.rollout import denoise_block, noise_count
-from framework.runfolder import create_run_folder, fresh_folder
+from framework.rollout import denoise_block, noise_shape
 from framework.types import VideoBatch
-from framework.videos import Mp4Writer, visible_scale
 
 
 @torch.no_grad()
@@ -47,8 +47,7 @@ def generate(
         say(f"adapter: {load_adaptation(generator.network, adapter)}")
     generator.network.to(device)
     recipe, kernel = generator.recipe, kernel or Consistency()
-    channels, height, width = recipe.latent
-    shape = (noise_count(kernel, recipe), channels, recipe.block_frames, height, width)
+    shape = noise_shape(generator, kernel, 1)
     paths = [folder / f"{i:03d}-{slug(prompt)}.mp4" for i, prompt in enumerate(wanted)]
 
     stream, started, frames = generator.open(wanted), time.perf_counter(), 0

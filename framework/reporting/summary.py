@@ -10,10 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from framework.evaluation import EvaluationResult, HeldOut
-from framework.progress import say
-from framework.report import GAIN_HEADERS, format_table, gain_cells, gain_table, markdown_table, reward_curve
-from framework.sheets import before_after_animation, before_after_sheet
-from framework.videos import visible_scale, write_gif, write_mp4
+from framework.reporting.progress import say
+from framework.reporting.report import GAIN_HEADERS, format_table, gain_cells, gain_table, markdown_table, reward_curve
+from framework.reporting.sheets import before_after_animation, before_after_sheet
+from framework.reporting.videos import visible_scale, write_gif, write_mp4
 
 SHOWN = 6
 """Held-out scenes in the before/after pictures."""

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from framework.metrics import read_metrics
-from framework.statistics import clustered_bootstrap
-from framework.videos import write_whole
+from framework.reporting.metrics import read_metrics
+from framework.reporting.statistics import clustered_bootstrap
+from framework.reporting.videos import write_whole
 
 TOTAL = "total"
 ROLLOUT_TAG, EVALUATION_TAG = re.compile(r"reward/(.+)/mean|reward/(total)"), re.compile(r"eval/reward/(.+)")

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from framework.videos import check_frames
+from framework.reporting.videos import check_frames
 
 Colour = tuple[int, int, int]
 PAPER: Colour = (255, 255, 255)

@@ -18,7 +18,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[repo
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from framework.videos import check_frames, encode_gif, tile, visible_scale
+from framework.reporting.videos import check_frames, encode_gif, tile, visible_scale
 
 RESERVED = ("step", "samples_seen")
 """Keys that every line has; no metric may take their name."""

@@ -3,7 +3,7 @@
     configuration = load_config("train", gin_files=["embedded/nft.gin"], flags={"output_dir": "runs/a"})
     configuration.run()
 
-Names are written in full, ``@nft.NFT()``; see `framework.registry` for where they come from. Everything that a user can
+Names are written in full, ``@nft.NFT()``; see `framework.config.registry` for where they come from. Everything that a user can
 get wrong raises `ConfigError` with one line. No gin state outlives a call.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 from gin import config as gin
 from gin import config_parser
 
-from framework.bindings import (
+from framework.config.bindings import (
     BUILTIN,
     MACRO,
     REQUIRED,
@@ -31,7 +31,7 @@ from framework.bindings import (
     Reference,
     write_operative,
 )
-from framework.registry import FILLED_IN, ROOTS, ConfigError, Part, Registry, did_you_mean, one_line
+from framework.config.registry import FILLED_IN, ROOTS, ConfigError, Part, Registry, did_you_mean, one_line
 
 __all__ = ["ConfigError", "Configuration", "load_config", "packaged_configs", "packaged_folder"]
 

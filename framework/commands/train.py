@@ -17,16 +17,16 @@ from framework.interfaces import (
     StreamingGenerator,
     SurrogatePolicy,
 )
-from framework.metrics import MetricsLogger
 from framework.optimization import AdamW
 from framework.policies import AVERAGE, BEHAVIOUR, Policies
-from framework.progress import progress, say
 from framework.records import Predictions
+from framework.reporting.metrics import MetricsLogger
+from framework.reporting.progress import progress, say
+from framework.reporting.runfolder import create_run_folder, fresh_folder, write_run_files
+from framework.reporting.summary import RunReport, control_lines, write_report
 from framework.rng import Streams
 from framework.rollout import roll_out
-from framework.runfolder import create_run_folder, fresh_folder, write_run_files
 from framework.selfchecks import check_replay
-from framework.summary import RunReport, control_lines, write_report
 from framework.trainer import Trainer
 
 

@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 
 from framework.evaluation import HeldOut
 from framework.interfaces import ClipSource, PretrainingStage, StreamingGenerator
-from framework.metrics import MetricsLogger
-from framework.progress import progress, say
+from framework.reporting.metrics import MetricsLogger
+from framework.reporting.progress import progress, say
+from framework.reporting.runfolder import create_run_folder, resume_run_folder, write_run_files
+from framework.reporting.summary import control_lines, headroom, score_line
 from framework.rng import Streams
-from framework.runfolder import create_run_folder, resume_run_folder, write_run_files
-from framework.summary import control_lines, headroom, score_line
 
 STATE = "state.pt"
 

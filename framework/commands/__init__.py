@@ -1,0 +1,1 @@
+"""The functions behind the command line: keyword-only roots that a configuration is bound to."""

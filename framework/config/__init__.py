@@ -1,0 +1,1 @@
+"""Gin files: read, checked by name and type, then built. Nothing else of the library knows gin."""
