@@ -11,9 +11,9 @@ CHECKS = (nft_gradient, advantage_centring, consistency_kernel)
 def main() -> int:
     findings = [module.check() for module in CHECKS]
     rows = [
-        (f.statement, f.instance, f"{f.residual:.1e}", f"{f.tolerance:.0e}", f"{f.planted:.1e}", "holds" if f.holds else "FAILS")
+        (f.statement, f.instance, *(f"{x:.1e}" for x in (f.residual, f.tolerance, f.planted)), f.verdict)
         for f in findings
-    ]  # fmt: skip
+    ]
     print(format_table(rows, ("statement", "instance", "residual", "tolerance", "planted error", "verdict")))
     return 0 if all(f.holds for f in findings) else 1
 

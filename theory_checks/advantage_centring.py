@@ -22,7 +22,7 @@ def shift(r: torch.Tensor, x0: torch.Tensor, old: torch.Tensor, beta: float) -> 
 
 
 def check() -> Finding:
-    """δ* against its two terms, and the second term under centred advantages; planted: advantages that are not centred."""
+    """δ* against its two terms, and the second term under centred advantages; planted: advantages off centre."""
     random = torch.Generator().manual_seed(1)
     x0 = torch.randn(8, 20, generator=random, dtype=torch.float64)
     old = torch.randn(20, generator=random, dtype=torch.float64)

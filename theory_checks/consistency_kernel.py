@@ -15,7 +15,7 @@ from theory_checks.statement import Finding
 
 
 def check() -> Finding:
-    """Exact first and second moments through the kernel's linear map; planted: a std of η σ' instead of σ' sin(η π/2)."""
+    """Exact first and second moments through the kernel's linear map; planted: a std of η σ' instead."""
     zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
     residual = planted = 0.0
     for eta in (0.2, 0.5, 1.0):

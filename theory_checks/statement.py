@@ -21,3 +21,7 @@ class Finding:
     def holds(self) -> bool:
         """The statement holds and its planted error is seen."""
         return self.residual <= self.tolerance < self.planted
+
+    @property
+    def verdict(self) -> str:
+        return "holds" if self.holds else "FAILS"

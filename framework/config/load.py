@@ -3,8 +3,8 @@
     configuration = load_config("train", gin_files=["embedded/nft.gin"], flags={"output_dir": "runs/a"})
     configuration.run()
 
-Names are written in full, ``@nft.NFT()``; see `framework.config.registry` for where they come from. Everything that a user can
-get wrong raises `ConfigError` with one line. No gin state outlives a call.
+Names are written in full, ``@nft.NFT()``; see `framework.config.registry` for where they come from. Everything that a
+user can get wrong raises `ConfigError` with one line. No gin state outlives a call.
 """
 
 import functools
