@@ -164,9 +164,10 @@ def table(rows: Iterable[Row]) -> str:
     """The rows as a Markdown table."""
     lines = ["| row | measure | value | min – max | goal | |", "|---|---|---|---|---|---|"]
     for row in rows:
-        spread = "" if row.spread is None else f"{row.spread[0]:.3f} – {row.spread[1]:.3f}"
+        digits = 1 if row.unit else 3
+        spread = "" if row.spread is None else " – ".join(f"{end:.{digits}f}" for end in row.spread)
         goal = "" if row.goal is None else ("> " if row.planted else "≤ ") + f"{row.goal:g}"
-        value = f"{row.value:.3f}" if not row.unit else f"{row.value:.1f} {row.unit}"
+        value = f"{row.value:.{digits}f} {row.unit}".rstrip()
         measure = f"{row.measure}; {row.note}" if row.note else row.measure
         lines.append(f"| {row.name} | {measure} | {value} | {spread} | {goal} | {row.verdict} |")
     return "\n".join(lines)

@@ -163,7 +163,7 @@ def build_trainer(generator: ShapesGenerator, prompts: int, group: int, blocks: 
 
 
 def measure(
-    config: Mapping[str, Any] = MIDDLE, prompts: int = 1, group: int = 2, blocks: int = 3, pairs: int = 21
+    config: Mapping[str, Any] = MIDDLE, prompts: int = 1, group: int = 4, blocks: int = 3, pairs: int = 15
 ) -> list[Row]:
     """Row P1."""
     generator = random_generator(config)
