@@ -15,10 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
+from framework.data.scenes import ShapesCaptions
+from framework.data.shapes_controls import ShapesControls
+from framework.evaluation import HeldOut
 from framework.reporting.report import gain_table, markdown_table
-from framework.reporting.summary import read_scores
+from framework.reporting.summary import control_lines, read_scores
 from rewards.shapes import ShapesReward
 
 ARMS = {
@@ -88,6 +92,13 @@ def main() -> None:
     signals = ShapesReward().signals
     headers = ["arm", "RL seed", "before", "after", "gain [95 %]", *signals, "core-s"]
     table = markdown_table(rows(runs, signals), headers)
+    held = HeldOut(ShapesCaptions(held_out=True), ShapesReward(), controls=ShapesControls())
+    before, _ = read_scores(load_file(runs[0].folder / "evaluation.safetensors"))
+    total = torch.stack(list(before.values())).mean(0)
+    room = (
+        f"room of the start, best of {total.shape[1]} minus mean: {float((total.amax(1) - total.mean(1)).mean()):.3f}"
+    )
+    table = "\n".join([table, "", room, "", *control_lines(held)])
     (root / "table.md").write_text(table + "\n", encoding="utf-8")
     print(table)
     print(f"\nsaved to {root / 'table.md'}")

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftType, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
+
+from framework.weights import check_tensors, read_tensors, save_tensors
 
 ADAPTER = "default"
 WAN_LINEARS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
@@ -48,6 +47,10 @@ class LoRA(Adaptation):
     alpha: float | None = None
     target_modules: Sequence[str] = WAN_LINEARS
 
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"LoRA.rank must be at least 1, got {self.rank}")
+
     def attach(self, network: nn.Module, seed: int) -> dict[str, nn.Parameter]:
         """Raises ValueError when no module matches, and when something else than adapters would train."""
         network.requires_grad_(False)
@@ -79,8 +82,8 @@ class LoRA(Adaptation):
 
     def save(self, network: nn.Module, folder: Path) -> None:
         folder.mkdir(parents=True)
-        weights = {k: v.contiguous() for k, v in get_peft_model_state_dict(network, adapter_name=ADAPTER).items()}  # pyright: ignore[reportArgumentType]
-        save_file(weights, folder / "adapter_model.safetensors")
+        weights = get_peft_model_state_dict(network, adapter_name=ADAPTER)  # pyright: ignore[reportArgumentType]
+        save_tensors(folder / "adapter_model.safetensors", weights)
         config = {
             "peft_type": PeftType.LORA.value,
             "r": self.rank,
@@ -101,11 +104,16 @@ class FullFineTuning(Adaptation):
 
     def attach(self, network: nn.Module, seed: int) -> dict[str, nn.Parameter]:
         network.requires_grad_(True)
+        narrow = sorted({str(p.dtype) for p in network.parameters() if p.dtype.itemsize < 4})
+        if narrow:
+            raise ValueError(
+                f"FullFineTuning needs weights in float32, the network has {narrow}; small steps round away"
+            )
         return dict(network.named_parameters())
 
     def save(self, network: nn.Module, folder: Path) -> None:
         folder.mkdir(parents=True)
-        save_file({k: v.contiguous() for k, v in network.state_dict().items()}, folder / "model.safetensors")
+        save_tensors(folder / "model.safetensors", network.state_dict())
 
     def describe(self, parameters: dict[str, nn.Parameter]) -> str:
         return "full fine-tuning"
@@ -120,7 +128,7 @@ def load_adaptation(network: nn.Module, folder: str | Path) -> str:
     folder = Path(folder)
     adapter, full = folder / "adapter_model.safetensors", folder / "model.safetensors"
     if adapter.is_file():
-        weights = read_weights(adapter)
+        weights = read_tensors(adapter)
         lora = read_lora(folder / "adapter_config.json")
         lora.attach(network, seed=0)
         expected = get_peft_model_state_dict(network, adapter_name=ADAPTER)  # pyright: ignore[reportArgumentType]
@@ -128,7 +136,7 @@ def load_adaptation(network: nn.Module, folder: str | Path) -> str:
         set_peft_model_state_dict(network, weights, adapter_name=ADAPTER)  # pyright: ignore[reportArgumentType]
         return f"LoRA rank {lora.rank} from {folder}"
     if full.is_file():
-        weights = read_weights(full)
+        weights = read_tensors(full)
         check_tensors(weights, network.state_dict(), str(full))
         network.load_state_dict(weights)
         return f"full weights from {folder}"
@@ -138,39 +146,13 @@ def load_adaptation(network: nn.Module, folder: str | Path) -> str:
     )
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file. Raises ValueError for anything else."""
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
-
-
 def read_lora(path: Path) -> LoRA:
     """The adaptation that an adapter_config.json describes. Raises ValueError for anything else."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+        scaled = [name for name in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern") if config.get(name)]
+        if scaled:
+            raise ValueError(f"{scaled} change what the weights mean and are not supported")
         return LoRA(int(config["r"]), float(config["lora_alpha"]), tuple(config["target_modules"]))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} does not describe a LoRA adapter: {error!r}") from error
-
-
-def check_tensors(given: dict[str, Tensor], expected: dict[str, Tensor], source: str) -> None:
-    """Every name and shape must agree. Raises ValueError that shows the first differences."""
-    missing, foreign = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
-    if missing or foreign:
-        raise ValueError(
-            f"{source} does not fit the network: {len(missing)} tensors missing {missing[:3]}, "
-            f"{len(foreign)} unknown {foreign[:3]}"
-        )
-    for name, tensor in given.items():
-        if tensor.shape != expected[name].shape:
-            raise ValueError(
-                f"{source} does not fit the network: {name} has shape {tuple(tensor.shape)}, "
-                f"the network needs {tuple(expected[name].shape)}"
-            )
-
-
-def adapter_layers(network: nn.Module) -> int:
-    """How many modules carry an adapter."""
-    return sum(isinstance(module, BaseTunerLayer) for module in network.modules())

@@ -142,10 +142,11 @@ class GroupCentred(AdvantageRule):
 
 @dataclass(frozen=True)
 class PerRewardCentred(AdvantageRule):
-    """A = clip(centre(Σ_k w_k centre(r_k) / max(std_batch(centre(r_k)), floor))): every reward on its own scale.
+    """A = clip(centre(Σ_k w_k centre(r_k) / max(std_batch(centre(r_k)), floor)) / Σ_k |w_k|): each on its own scale.
 
     The deviation is that of the *centred* values over the batch, so prompt difficulty does not enter it and a reward
-    with a large raw scale does not dominate. Our default for several rewards.
+    with a large raw scale does not dominate; dividing by Σ|w| keeps A in units of one deviation, whatever the number of
+    rewards, so that the symmetric clip acts on outliers and leaves the mean at zero. Our default for several rewards.
     """
 
     weights: Mapping[str, float] | None = None
@@ -166,12 +167,12 @@ def per_reward_centred(
     floor: float,
     valid: Tensor | None = None,
 ) -> Tensor:
-    """centre(Σ_k w_k centre(r_k) / max(std_batch(centre(r_k)), floor)) for rewards {name: [N]}."""
+    """centre(Σ_k w_k centre(r_k) / max(std_batch(centre(r_k)), floor)) / Σ_k |w_k| for rewards {name: [N]}."""
     scaled = {}
     for name in weights:
         centred = centre(values[name], groups, valid)
         scaled[name] = centred / floored(batch_std(centred, valid), floor)
-    return centre(weighted_sum(scaled, weights), groups, valid)
+    return centre(weighted_sum(scaled, weights), groups, valid) / sum(abs(w) for w in weights.values())
 
 
 def astrolabe_released(values: Tensor, groups: Tensor, eps: float = 1e-4) -> Tensor:

@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "pretrain": (
         "make a few-step streaming generator to start from",
-        ("output_dir", "resume", "seed", "device"),
+        ("output_dir", "resume", "seed"),
     ),
 }
 """What a command does, and the parameters of its function that have a flag of their own."""
@@ -36,7 +36,7 @@ FLAGS: dict[str, dict] = {
     "max_steps": {"metavar": "N", "type": int, "help": "stop after so many steps"},
     "seed": {"metavar": "N", "type": int, "help": "seed of everything random"},
     "device": {"metavar": "NAME", "help": "torch device, e.g. cpu or cuda"},
-    "dry_run": {"action": "store_true", "help": "build and check everything, then stop"},
+    "dry_run": {"action": "store_true", "help": "build and check everything, train one step, write nothing"},
     "resume": {"action": "store_true", "help": "continue the run in output_dir"},
     "adapter": {"metavar": "FOLDER", "help": "trained adapter to put on the generator"},
     "prompts": {"metavar": "TEXT", "action": "append", "help": "what to show (repeatable)"},
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except ConfigError as error:
         return _report(error, 2, options.debug)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         return _report(error, 1, options.debug)
 
 

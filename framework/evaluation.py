@@ -47,8 +47,11 @@ class HeldOut:
     controls: ControlVideos | None = None
 
     def __post_init__(self) -> None:
-        if self.members < 1:
-            raise ValueError(f"HeldOut.members must be at least 1, got {self.members}")
+        if self.members < 1 or self.clips_per_batch < 1 or self.every < 0:
+            raise ValueError(
+                f"HeldOut.members and clips_per_batch must be at least 1 and every at least 0, got {self.members}, "
+                f"{self.clips_per_batch}, {self.every}"
+            )
 
     def judge(self, generator: StreamingGenerator, description: str = "evaluating") -> EvaluationResult:
         """Evaluate the policy in force."""
@@ -93,7 +96,7 @@ def evaluate_policy(
     description: str = "evaluating",
 ) -> EvaluationResult:
     """Generate ``members`` clips per scene under the policy in force and score them. Equal for any batch size."""
-    plans = evaluation_plans(scenes, members, seed, blocks or generator.recipe.clip_blocks)
+    plans = evaluation_plans(scenes, members, seed, generator.recipe.clip_blocks if blocks is None else blocks)
     per_batch = max(1, clips_per_batch // members)
     batches: list[Scores] = []
     shown: list[VideoBatch] = []
@@ -101,7 +104,7 @@ def evaluate_policy(
         tape = roll_out(generator, plans[first : first + per_batch], kernel or Consistency())
         videos = decode_tape(generator, tape)
         batches.append(reward.score(videos))
-        shown.append(VideoBatch(videos.frames[::members], videos.fps, videos.windows[::members]))
+        shown.append(VideoBatch(videos.frames[::members].cpu().clone(), videos.fps, videos.windows[::members]))
     scores = {
         name: torch.cat([torch.where(s.valid[name], s.values[name], torch.nan) for s in batches]).view(-1, members)
         for name in reward.signals

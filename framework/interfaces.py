@@ -138,8 +138,12 @@ class SurrogatePolicy(ABC):
     """Policies whose velocities `objective` reads; others are never computed."""
 
     @abstractmethod
-    def probes(self, tape: Tape, recipe: GeneratorRecipe, generator: torch.Generator) -> Iterator[Probes]:
-        """Where to ask the policies. Each item becomes one part of the same optimiser step."""
+    def probes(self, tape: Tape, recipe: GeneratorRecipe, streams: Streams) -> Iterator[Probes]:
+        """Where to ask the policies. Each item becomes one part of the same optimiser step.
+
+        What is random about a clip comes from a stream of its own, named by its group and branch, so that it does not
+        depend on how clips are placed in batches or on ranks.
+        """
 
     @abstractmethod
     def objective(self, views: Views, probes: Probes, advantage: Advantage) -> Objective:

@@ -53,6 +53,8 @@ class AdamW:
     def __post_init__(self) -> None:
         if self.learning_rate <= 0:
             raise ValueError(f"AdamW.learning_rate must be positive, got {self.learning_rate}")
+        if self.max_grad_norm <= 0:
+            raise ValueError(f"AdamW.max_grad_norm must be positive, got {self.max_grad_norm}; inf never clips")
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
         return torch.optim.AdamW(

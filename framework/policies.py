@@ -52,6 +52,8 @@ class Policies:
         the current values are kept aside once, and a second swap would overwrite them."""
         if self._in_use is not None:
             raise RuntimeError(f"policy {name!r} was asked for while {self._in_use!r} is in use; leave that one first")
+        if name != CURRENT and name not in self.sets:
+            raise KeyError(f"no policy is called {name!r}; there are {[CURRENT, *self.sets]}")
         if name == CURRENT or name in self._equal:
             yield
             return
@@ -103,6 +105,8 @@ class Policies:
     def advance(self, step: int) -> None:
         """After a training step: refresh the behaviour policy and the average."""
         decay = self.behaviour_decay(step)
+        if not 0 <= decay <= 1:
+            raise ValueError(f"train.behaviour_decay gives {decay} at step {step}; a decay lies in [0, 1]")
         self.sets[BEHAVIOUR].update(self.parameters, decay)
         self.sets[AVERAGE].update(self.parameters, min(self.average_decay, (1 + step) / (10 + step)))
         if decay == 0:

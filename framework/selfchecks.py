@@ -36,10 +36,10 @@ def replay_deviation(generator: StreamingGenerator, tape: Tape) -> float:
 
 
 def check_replay(generator: StreamingGenerator, tape: Tape, tolerance: float) -> str:
-    """One line for the start of the run. Raises RuntimeError above the tolerance."""
+    """One line for the start of the run. Raises ValueError above the tolerance."""
     deviation = replay_deviation(generator, tape)
     if not deviation <= tolerance:
-        raise RuntimeError(
+        raise ValueError(
             f"replaying a stored rollout gives other velocities (relative deviation {deviation:.2e} > {tolerance:g}): "
             f"rollout and update would train different policies; check the generator's history policy and text cache"
         )

@@ -19,8 +19,8 @@ from framework.optimization import AdamW
 from framework.policies import BEHAVIOUR, Policies
 from framework.records import Record
 from framework.rng import Streams
-from framework.rollout import roll_out
-from framework.types import Advantage, Objective, Probes, Scene, Views
+from framework.rollout import device_of, roll_out
+from framework.types import Objective, Probes, Scene, Views
 
 
 @dataclass
@@ -71,11 +71,13 @@ class Trainer:
         advantage = self.advantage(scores, tape.groups)
         marks = self.regularizer.prepare(scores, tape.groups)
         active = int(advantage.active.sum())
+        device = device_of(self.generator)
+        on_device, marks = advantage.to(device), None if marks is None else marks.to(device)
         clock.lap("reward_s")
 
         # Improve: towards the better ones, not too far.
         def objective(views: Views, probes: Probes) -> Objective:
-            part = Advantage(advantage.values[probes.rows], advantage.active[probes.rows])
+            part = on_device[probes.rows]
             loss = self.surrogate.objective(views, probes, part)
             penalty = self.regularizer.penalty(loss, None if marks is None else marks[probes.rows])
             return combine(loss, penalty, part.active)
@@ -83,7 +85,7 @@ class Trainer:
         metrics: Scalars = {}
         for update in range(self.updates_per_rollout if active else 0):
             metrics = {}
-            for probes in self.surrogate.probes(tape, recipe, streams("probes", update)):
+            for probes in self.surrogate.probes(tape, recipe, streams.at("probes", update)):
                 sums = self.policies.backward(objective, probes, self.view_names, self.micro_batch_size, active)
                 add_scalars(metrics, sums)
             metrics |= self.optimizer.step(self.torch_optimizer, self.policies.parameters, self.updates_done)

@@ -124,7 +124,10 @@ class VideoBatch:
     def from_signed(cls, frames: Tensor, fps: float, prompts: Sequence[str]) -> "VideoBatch":
         """From floats in [−1, 1], [N, T, 3, H, W]; values outside are clamped as a decoder's are. NaN is refused."""
         if not bool(torch.isfinite(frames).all()):
-            raise ValueError("non-finite pixels: the generator produced NaN or infinity")
+            raise ValueError(
+                "the generator made non-finite pixels; if its policy diverged in training, lower the optimiser's "
+                "learning_rate"
+            )
         pixels = ((frames.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         return cls(pixels, fps, tuple((Window(0, frames.shape[1], prompt),) for prompt in prompts))
 
@@ -171,12 +174,23 @@ class Scores:
 
 @dataclass(frozen=True)
 class Advantage:
-    """How much better each clip was than its siblings. values: float32 [N]; active: bool [N], False drops the clip
-    (and every penalty on it) from the update without changing the others' weight; metrics: scalars to log."""
+    """How much better each clip was than its siblings.
+
+    values: float32 [N]. active: bool [N]; False drops the clip and every penalty on it from the update, whose losses
+    are averaged over the active clips. metrics: scalars to log.
+    """
 
     values: Tensor
     active: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> "Advantage":
+        """The same on another device; metrics stay where they are."""
+        return Advantage(self.values.to(device), self.active.to(device), self.metrics)
+
+    def __getitem__(self, rows: Tensor) -> "Advantage":
+        """The clips of some rows, without the metrics."""
+        return Advantage(self.values[rows], self.active[rows])
 
 
 @dataclass(frozen=True)

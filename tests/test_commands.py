@@ -130,14 +130,21 @@ def refusal(capsys: pytest.CaptureFixture[str], code: int) -> str:
         ("adapters.LoRA.target_modules = ('to_nothing',)", ["target_modules", "to_nothing", "to_q"]),
         ("noise_endpoint.NoiseEndpoint.prefix_blocks = -1", ["prefix_blocks"]),
         ("train.prompts_per_step = 1000", ["prompts_per_step", "1000"]),
+        ("train.micro_batch_size = 3", ["micro_batch_size=3", "group size"]),
+        ("train.device = 'nowhere'", ["device='nowhere'", "--device"]),
+        ("adapters.LoRA.rank = 0", ["LoRA.rank"]),
+        ("advantages.PerRewardCentred.weights = {'XX': 1.0}", ["XX", "VQ"]),
+        ("held_out/scenes.ShapesCaptions.limit = 1", ["at least 2"]),
         ("embedded.packaged_generator.checkpoint = 'nowhere.safetensors'", ["checkpoint", "nowhere.safetensors"]),
     ],
 )
 def test_a_wrong_binding_is_one_line_that_names_it(
     binding: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = refusal(capsys, train(tmp_path / "run", "--gin_param", binding))
+    more = ["--gin_param", "noise_endpoint.NoiseEndpoint.group_size = 4"] if "micro_batch" in binding else []
+    line = refusal(capsys, train(tmp_path / "run", *more, "--gin_param", binding))
     assert all(word in line for word in words), line
+    assert not (tmp_path / "run").exists(), "a refused run must leave its folder free"
 
 
 def test_a_folder_of_another_run_is_refused_and_left_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

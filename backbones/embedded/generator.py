@@ -9,19 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from backbones.history import HistoryPolicy, SinkWindow
 from backbones.streaming import WanStreamingGenerator
 from backbones.wan.transformer import CausalWanTransformer3DModel
-from framework.adapters import check_tensors
 from framework.data.shapes import SIZE, VOCABULARY, parse_caption
 from framework.interfaces import GeneratorRecipe
 from framework.schedules import FewStepSchedule
-
-WORDS = 6
+from framework.weights import check_tensors, read_tensors
 
 CONFIG = {
     "patch_size": (1, 8, 8),
@@ -87,10 +83,7 @@ def packaged_generator(checkpoint: str | None = None, policy: HistoryPolicy | No
     if not path.is_file():
         raise ValueError(f"checkpoint={str(path)!r} is not a file; leave it out for the packaged weights")
     generator = ShapesGenerator(policy=policy)
-    try:
-        weights = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"checkpoint={str(path)!r} is not a safetensors file: {error}") from error
+    weights = read_tensors(path)
     check_tensors(weights, generator.network.state_dict(), str(path))
     generator.network.load_state_dict(weights)
     return generator

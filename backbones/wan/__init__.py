@@ -1,1 +1,1 @@
-"""The Wan 2.1 family: a causal transformer on diffusers, its checkpoints and its streaming generator."""
+"""The Wan 2.1 family: a causal transformer on diffusers, and the key map of its checkpoints."""

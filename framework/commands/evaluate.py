@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from framework.adapters import load_adaptation
+from framework.devices import prepare
 from framework.evaluation import HeldOut
 from framework.interfaces import StreamingGenerator
 from framework.reporting.progress import say
@@ -14,6 +13,7 @@ from framework.reporting.sheets import contact_sheet
 from framework.reporting.statistics import clustered_bootstrap
 from framework.reporting.summary import control_lines, headroom
 from framework.reporting.videos import visible_scale, write_mp4
+from framework.weights import save_tensors
 
 HEADERS = ("signal", "mean", "low", "high")
 
@@ -25,19 +25,22 @@ def evaluate(
     output_dir: str | None = None,
     adapter: str | None = None,
     device: str = "cpu",
+    threads: int | None = None,
 ) -> Path:
     """Score, write scores.safetensors, a table, a contact sheet and one video per scene; returns the folder.
 
     output_dir: a new folder, None for a fresh one under runs/. adapter: a folder that a training run saved; None
     scores the generator as it is. Intervals are 95 %, clustered by scene.
     """
-    folder = create_run_folder(output_dir or fresh_folder("evaluate"))
+    if len(evaluation.scenes.scenes()) < 2:
+        raise ValueError("HeldOut.scenes needs at least 2 scenes: intervals are clustered by scene")
+    prepare(generator.network, device, threads)
+    folder = create_run_folder(fresh_folder("evaluate") if output_dir is None else output_dir)
     if adapter is not None:
         say(f"adapter: {load_adaptation(generator.network, adapter)}")
-    generator.network.to(device)
     result = evaluation.judge(generator)
+    save_tensors(folder / "scores.safetensors", result.scores)
     rows = [(name, *clustered_bootstrap(value)) for name, value in {**result.scores, "total": result.total}.items()]
-    save_file({name: value.contiguous() for name, value in result.scores.items()}, folder / "scores.safetensors")
     (folder / "scores.md").write_text(markdown_table(rows, HEADERS) + "\n", encoding="utf-8")
     contact_sheet(result.videos.frames, result.videos.prompts).save(folder / "contact_sheet.png")
     scale = visible_scale(result.videos.frames.shape[-2])

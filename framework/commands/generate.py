@@ -10,6 +10,7 @@ import torch
 
 from framework.adapters import load_adaptation
 from framework.data.scenes import PromptFile
+from framework.devices import prepare
 from framework.interfaces import StreamingGenerator
 from framework.kernels import Consistency, TransitionKernel
 from framework.reporting.progress import progress, say
@@ -32,6 +33,7 @@ def generate(
     adapter: str | None = None,
     seed: int = 0,
     device: str = "cpu",
+    threads: int | None = None,
 ) -> list[Path]:
     """Write one mp4 per prompt; returns their paths.
 
@@ -42,10 +44,12 @@ def generate(
     wanted = [*prompts, *([s.prompt for s in PromptFile(prompt_file).scenes()] if prompt_file else [])]
     if not wanted:
         raise ValueError("nothing to generate: give --prompt or --prompt_file")
-    folder = create_run_folder(output_dir or fresh_folder("generate"))
+    if blocks is not None and blocks < 1:
+        raise ValueError(f"generate.blocks must be at least 1, got {blocks}")
+    prepare(generator.network, device, threads)
+    folder = create_run_folder(fresh_folder("generate") if output_dir is None else output_dir)
     if adapter is not None:
         say(f"adapter: {load_adaptation(generator.network, adapter)}")
-    generator.network.to(device)
     recipe, kernel = generator.recipe, kernel or Consistency()
     shape = noise_shape(generator, kernel, 1)
     paths = [folder / f"{i:03d}-{slug(prompt)}.mp4" for i, prompt in enumerate(wanted)]
@@ -53,7 +57,7 @@ def generate(
     stream, started, frames = generator.open(wanted), time.perf_counter(), 0
     with ExitStack() as stack:
         writers: list[Mp4Writer] = []
-        for block in progress(range(blocks or recipe.clip_blocks), "generating"):
+        for block in progress(range(recipe.clip_blocks if blocks is None else blocks), "generating"):
             seeds = [derive_seed(seed, "generate", i, prompt, block) for i, prompt in enumerate(wanted)]
             x0 = denoise_block(generator, stream, draw_noise(seeds, shape, device), kernel).x0
             stream = generator.commit(x0, stream)

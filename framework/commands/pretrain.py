@@ -7,8 +7,8 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from safetensors.torch import save_file
 
+from framework.devices import prepare
 from framework.evaluation import HeldOut
 from framework.interfaces import ClipSource, PretrainingStage, StreamingGenerator
 from framework.reporting.metrics import MetricsLogger
@@ -16,6 +16,7 @@ from framework.reporting.progress import progress, say
 from framework.reporting.runfolder import create_run_folder, resume_run_folder, write_run_files
 from framework.reporting.summary import control_lines, headroom, score_line
 from framework.rng import Streams
+from framework.weights import save_tensors
 
 STATE = "state.pt"
 
@@ -30,20 +31,22 @@ def pretrain(
     seed: int = 0,
     save_every: int = 100,
     resume: bool = False,
-    device: str = "cpu",
+    threads: int | None = None,
     operative_config: str = "",
 ) -> Path:
     """Run all stages, evaluate after each, write ``<stage>.safetensors``; returns the run folder.
 
     The generator's fresh weights are drawn from ``seed``, and every step from (seed, stage, step), so a resumed run
     and an uninterrupted one give the same weights. save_every: steps between saved states. resume: continue the run in
-    output_dir instead of starting one there.
+    output_dir instead of starting one there, refused when the configuration differs. It runs on the CPU.
     """
     names = [stage.name for stage in stages]
     if len(set(names)) != len(names) or not names:
         raise ValueError(f"pretrain.stages need distinct names, got {names}")
+    prepare(generator.network, "cpu", threads)
     folder = resume_run_folder(output_dir, STATE) if resume else create_run_folder(output_dir)
-    generator.network.to(device)
+    if resume:
+        check_same_run(folder, operative_config)
     initialise(generator, seed)
     position = PretrainingState(folder / STATE)
     if resume:
@@ -75,8 +78,8 @@ def pretrain(
                 if (step + 1) % save_every == 0:
                     position.save(generator, stage)
             stage.finish(generator)
-            weights = {k: v.contiguous() for k, v in generator.network.state_dict().items()}
-            save_file(weights, folder / f"{stage.name}.safetensors", metadata={"recipe": generator.recipe.name})
+            path = folder / f"{stage.name}.safetensors"
+            save_tensors(path, generator.network.state_dict(), metadata={"recipe": generator.recipe.name})
             result = evaluation.judge(generator, description=f"evaluating {stage.name}")
             say(score_line(f"{stage.name} ({position.core_s:.0f} core-s)", result))
             say(f"{stage.name}: best of {evaluation.members} minus mean {headroom(result):.3f}")
@@ -84,6 +87,24 @@ def pretrain(
             log.log(seen, {f"eval/{stage.name}/{k}": v.mean() for k, v in result.scores.items()}, samples_seen=seen)
     say(f"saved to {folder}")
     return folder
+
+
+def check_same_run(folder: Path, operative_config: str) -> None:
+    """Raises ValueError when the run in the folder was configured otherwise; folder, resume and threads may differ."""
+
+    def meaning(text: str) -> set[str]:
+        free = ("pretrain.output_dir", "pretrain.resume", "pretrain.threads", "pretrain.save_every", "#")
+        return {line for line in text.splitlines() if line.strip() and not line.startswith(free)}
+
+    recorded = folder / "config.gin"
+    if not recorded.is_file():
+        raise ValueError(f"output_dir={str(folder)!r} holds no config.gin, so its state is not one of `pretrain`")
+    changed = sorted(meaning(recorded.read_text(encoding="utf-8")) ^ meaning(operative_config))
+    if changed:
+        raise ValueError(
+            f"output_dir={str(folder)!r} holds a run of another configuration, it differs in {changed[0]!r}"
+            f"{f' and {len(changed) - 1} more lines' if len(changed) > 1 else ''}; start without --resume elsewhere"
+        )
 
 
 def initialise(generator: StreamingGenerator, seed: int) -> None:

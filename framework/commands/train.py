@@ -7,7 +7,8 @@ from framework.accounting import Scalars
 from framework.adapters import Adaptation
 from framework.compatibility import check_recipe
 from framework.data.scenes import SceneSource, draw_scenes
-from framework.evaluation import EvaluationResult, HeldOut
+from framework.devices import prepare
+from framework.evaluation import EvaluationResult, HeldOut, decode_tape
 from framework.interfaces import (
     AdvantageRule,
     ExplorationStrategy,
@@ -52,6 +53,7 @@ def train(
     average_decay: float = 0.9,
     replay_tolerance: float = 1e-3,
     device: str = "cpu",
+    threads: int | None = None,
     dry_run: bool = False,
     operative_config: str = "",
 ) -> Path | None:
@@ -62,7 +64,7 @@ def train(
     prompts_per_step: groups P of a step, each of the exploration's group size.
     updates_per_rollout: optimiser steps on one rollout. micro_batch_size: clips per backward pass; changes no result.
     average_decay: of the averaged weights that are evaluated and saved. replay_tolerance: relative; see `selfchecks`.
-    dry_run: build everything, check it, train one step, write nothing.
+    threads: CPU threads, None for torch's choice. dry_run: build everything, check it, train one step, write nothing.
     """
     for name, value in (("max_steps", max_steps), ("updates_per_rollout", updates_per_rollout),
                         ("micro_batch_size", micro_batch_size)):  # fmt: skip
@@ -75,10 +77,10 @@ def train(
         example = min(segments[0].prompt for segments in shared)
         raise ValueError(f"{len(shared)} prompts are both trained on and judged, e.g. {example!r}; "
                          f"change train.scenes or HeldOut.scenes")  # fmt: skip
+    if len(judged) < 2:
+        raise ValueError("HeldOut.scenes needs at least 2 scenes: intervals are clustered by scene")
     draw_scenes(train_scenes, 0, prompts_per_step, seed)
-    folder = None if dry_run else create_run_folder(output_dir or fresh_folder("train"))
-
-    generator.network.to(device)
+    prepare(generator.network, device, threads)
     policies = Policies(generator, adaptation, behaviour_decay, average_decay, seed)
     trainer = Trainer(
         generator, exploration, surrogate, reward, advantage, regularizer, policies, optimizer, train_scenes, keep,
@@ -86,12 +88,13 @@ def train(
     )  # fmt: skip
     for line in start_lines(trainer, replay_tolerance):
         say(line)
-    if folder is None:
+    if dry_run:
         trainer.step()
         say(f"dry run: one step done, nothing written; {max_steps} steps would train on "
             f"{max_steps * trainer.clips_per_step} clips")  # fmt: skip
         return None
 
+    folder = create_run_folder(fresh_folder("train") if output_dir is None else output_dir)
     write_run_files(folder, operative_config)
     with MetricsLogger(folder) as log:
         log.text("config/operative", operative_config)
@@ -109,8 +112,8 @@ def train(
                 log_evaluation(log, step + 1, trainer.samples_seen, middle)
             started = time.process_time()
         with policies.use(AVERAGE):
-            after = evaluation.judge(generator, description="held-out evaluation after")
             adaptation.save(generator.network, folder / "adapter")
+            after = evaluation.judge(generator, description="held-out evaluation after")
         log_evaluation(log, max_steps, trainer.samples_seen, after)
         log.videos("samples/video", max_steps, after.videos.frames[:8], after.videos.fps)
     controls = tuple(control_lines(evaluation))
@@ -133,8 +136,12 @@ def start_lines(trainer: Trainer, tolerance: float) -> list[str]:
     total = sum(p.numel() for p in generator.network.parameters())
     plans = trainer.exploration.plan(trainer.scenes[:1], [0], generator.recipe, Streams(trainer.seed).at("selfcheck"))
     with policies.use(BEHAVIOUR):
-        tape = roll_out(generator, plans, trainer.exploration.kernel, frozenset({Predictions}))
+        tape = roll_out(generator, plans, trainer.exploration.kernel, trainer.keep | {Predictions})
         replay = check_replay(generator, tape, tolerance)
+    # what only a rollout can show to be wrong is better found now than after the first evaluation
+    trainer.advantage(trainer.reward.score(decode_tape(generator, tape)), tape.groups)
+    for probes in trainer.surrogate.probes(tape, generator.recipe, Streams(trainer.seed).at("selfcheck")):
+        list(probes.split(trainer.micro_batch_size))
     group, kernel, schedule = trainer.exploration.group_size, trainer.exploration.kernel, generator.recipe.schedule
     return [
         f"trainable: {trained:,} of {total:,} parameters ({100 * trained / total:.1f} %), "

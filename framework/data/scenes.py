@@ -29,6 +29,10 @@ class ShapesCaptions(SceneSource):
     held_out_count: int = 24
     limit: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"ShapesCaptions.limit must be at least 1, got {self.limit}")
+
     def scenes(self) -> tuple[Scene, ...]:
         chosen = split_captions(self.held_out_count)[1 if self.held_out else 0]
         return tuple(Scene.single(str(caption)) for caption in chosen[: self.limit])
@@ -45,7 +49,10 @@ class PromptFile(SceneSource):
         file = Path(self.path)
         if not file.is_file():
             raise ValueError(f"PromptFile.path={self.path!r} is not a file")
-        prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        try:
+            prompts = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"PromptFile.path={self.path!r} is not UTF-8 text: {error.reason}") from error
         scenes = tuple(Scene.single(p, key=f"{i}:{p}") for i, p in enumerate(prompts) if p)
         if not scenes:
             raise ValueError(f"PromptFile.path={self.path!r} holds no prompt: the file is empty")

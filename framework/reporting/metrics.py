@@ -1,6 +1,6 @@
 """Scalars, texts and videos of a run, written where they can be read without this program: metrics.jsonl, TensorBoard.
 
-Tags are stable: train/…, reward/<name>/{mean,std}, eval/reward/<name>, time/…, memory/…, samples/video,
+Tags are stable: train/…, reward/<name>/{mean,std}, eval/reward/<name>, time/…, samples/video,
 config/operative.
 """
 

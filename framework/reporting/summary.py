@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from framework.evaluation import EvaluationResult, HeldOut
@@ -14,6 +13,7 @@ from framework.reporting.progress import say
 from framework.reporting.report import GAIN_HEADERS, format_table, gain_cells, gain_table, markdown_table, reward_curve
 from framework.reporting.sheets import before_after_animation, before_after_sheet
 from framework.reporting.videos import visible_scale, write_gif, write_mp4
+from framework.weights import save_tensors
 
 SHOWN = 6
 """Held-out scenes in the before/after pictures."""
@@ -61,9 +61,9 @@ def control_lines(evaluation: HeldOut) -> list[str]:
 
 def write_scores(path: Path, before: EvaluationResult, after: EvaluationResult) -> None:
     """Every held-out score, per signal [scenes, members]: what intervals can be recomputed from."""
-    tensors = {f"{when}.{name}": value.contiguous() for when, result in (("before", before), ("after", after))
+    tensors = {f"{when}.{name}": value for when, result in (("before", before), ("after", after))
                for name, value in result.scores.items()}  # fmt: skip
-    save_file(tensors, path)
+    save_tensors(path, tensors)
 
 
 def read_scores(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

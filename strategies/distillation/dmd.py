@@ -3,7 +3,7 @@
 The student rolls out its few steps; at states it really visits it is asked again, behind its own detached clips, and
 moved along the difference of two scores, a frozen teacher's and a critic's that keeps learning the student:
 
-    g = (x̂_critic − x̂_teacher) / |x̂ − x̂_teacher|           L = ½ ‖ x̂_θ − sg(x̂_θ − g) ‖²   ⇒   dL/dx̂_θ = g
+    g = (x̂_critic − x̂_teacher) / |x̂ − x̂_teacher|           L = ½ mean (x̂_θ − sg(x̂_θ − g))²   ⇒   dL/dx̂_θ ∝ g
 
 with both predictions at a noised x̂, σ = shift(U[0, 1)) per block. Generator, critic and teacher start from the base.
 Deviations from the published recipes: no classifier-free guidance (the base has none), one critic step per student

@@ -11,7 +11,8 @@ Its gradient, with N elements and δ = x_θ − x_old (methods derivation, teste
     dL/dx_θ = (2 w / N) [ (2r − 1)(x_old − x0) + β δ ]
 
 so dividing by β makes the policy gradient independent of it: β only sets the proximal pull to the old policy. At
-θ = old the *value* does not depend on the reward, so never read progress off this loss.
+θ = old the *value* does not depend on the reward, so never read progress off this loss. With one update per rollout and
+an on-policy behaviour policy θ is old at every update: then δ = 0 and β changes nothing at all.
 
 Deviations from the released code: velocities in space "v" and "x0" are both offered (x0 = σ² × v), the context is clean
 (the released loss shows the network noisy neighbours, another conditional), σ is drawn per block from the sampler's own
@@ -28,6 +29,7 @@ from torch import Tensor
 from framework.flow import add_noise, expand_sigma, velocity_target
 from framework.interfaces import GeneratorRecipe, SurrogatePolicy
 from framework.records import Endpoints, EndpointShift, Record
+from framework.rng import Streams, draw_noise
 from framework.types import Advantage, Objective, Probes, Tape, Views
 
 
@@ -123,17 +125,20 @@ class NFT(SurrogatePolicy):
             )
         return {sigma: weight for sigma, weight in zip(sigmas, weights, strict=True) if weight > 0}
 
-    def probes(self, tape: Tape, recipe: GeneratorRecipe, generator: torch.Generator) -> Iterator[Probes]:
+    def probes(self, tape: Tape, recipe: GeneratorRecipe, streams: Streams) -> Iterator[Probes]:
         """All clips at fresh noise, an independent level per block."""
         ends = tape[Endpoints]
         clean = ends.latents
-        n, _, frames, _, _ = clean.shape
+        frames = clean.shape[2]
         blocks = -(-frames // recipe.block_frames)
         levels = self.levels(recipe)
-        drawn = torch.randint(len(levels), (n, self.noisy_streams, blocks), generator=generator)
-        drawn = drawn.repeat_interleave(recipe.block_frames, -1)[..., :frames]
+        names = [(plan.group, branch) for plan in tape.plans for branch in range(len(plan.branches))]
+        drawn = torch.stack(
+            [torch.randint(len(levels), (self.noisy_streams, blocks), generator=streams("level", *n)) for n in names]
+        ).repeat_interleave(recipe.block_frames, -1)[..., :frames]
         sigma, weight = (torch.tensor(list(table))[drawn].to(clean.device) for table in (levels, levels.values()))
-        noise = torch.randn(n, self.noisy_streams, *clean.shape[1:], generator=generator).to(clean.device)
+        seeds = [streams.derive("noise", *name) for name in names]
+        noise = draw_noise(seeds, (self.noisy_streams, *clean.shape[1:]), clean.device)
         x0 = clean.unsqueeze(1)
         yield Probes(
             noisy=add_noise(x0, noise, expand_sigma(sigma)),
@@ -142,7 +147,7 @@ class NFT(SurrogatePolicy):
             start=ends.start,
             prefix=ends.prefix,
             prompts=tuple(plan.scene.prompt for plan in tape.plans),
-            rows=torch.arange(n),
+            rows=torch.arange(len(clean), device=clean.device),
             history_grad=self.history_grad,
             extra={"target": velocity_target(x0, noise), "weight": weight},
         )
@@ -152,7 +157,7 @@ class NFT(SurrogatePolicy):
         weight = expand_sigma(probes.extra["weight"])
         if self.space == "x0":
             weight = weight * expand_sigma(probes.sigma).square()
-        r = preference(advantage.values.to(current.device), self.advantage_limit)
+        r = preference(advantage.values, self.advantage_limit)
         loss = nft_loss(current, old, probes.extra["target"], r, self.beta, weight) / self.beta
         metrics = {"distance_to_old": (current - old).detach().square().flatten(1).mean(1)}
         written = {EndpointShift: EndpointShift(current, views["reference"])} if "reference" in views else {}

@@ -76,7 +76,7 @@ def test_a_checkpoint_that_is_none_or_foreign_is_refused_by_name(tmp_path: Path)
         packaged_generator(str(tmp_path / "nowhere"))
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(PACKAGED.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"damaged\.safetensors.*is not a safetensors file"):
+    with pytest.raises(ValueError, match=r"damaged\.safetensors.*is not a whole safetensors file"):
         packaged_generator(str(damaged))
     tensors = load_file(PACKAGED)
     del tensors["proj_out.bias"]

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from backbones.embedded.generator import ShapesGenerator
-from framework.adapters import WAN_LINEARS, FullFineTuning, LoRA, adapter_layers, load_adaptation
+from framework.adapters import WAN_LINEARS, FullFineTuning, LoRA, load_adaptation
 from framework.optimization import Constant
 from framework.policies import CURRENT, REFERENCE, Policies
 from tests.framework.test_policies import make_probes
@@ -17,6 +18,11 @@ from tests.support import PROMPTS, close, normal, perturb, tiny_generator
 
 BLOCKS, LINEARS = 2, 10
 """Blocks of the tiny network and linear layers of a block: 4 + 4 of the attentions and 2 of the feed-forward."""
+
+
+def adapter_layers(network) -> int:
+    """How many modules carry an adapter."""
+    return sum(isinstance(module, BaseTunerLayer) for module in network.modules())
 
 
 def outputs(generator: ShapesGenerator) -> Tensor:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from backbones.embedded.generator import ShapesGenerator
-from framework.commands.pretrain import initialise, pretrain
+from framework.commands.pretrain import check_same_run, initialise, pretrain
 from framework.data.scenes import ShapesCaptions
 from framework.data.shapes import PreferenceWorld
 from framework.evaluation import HeldOut
@@ -119,6 +119,7 @@ def test_nothing_to_resume_and_foreign_states_are_refused(uninterrupted: Path, t
         run(tmp_path / "nowhere", resume=True)
     with pytest.raises(ValueError, match="holds another run already"):
         run(uninterrupted)
+    (tmp_path / "config.gin").write_text("")
     for content in (b"", b"not a checkpoint", (uninterrupted / "state.pt").read_bytes()[:1000]):
         (tmp_path / "state.pt").write_bytes(content)
         with pytest.raises(ValueError, match=r"state\.pt is not a state of this run"):
@@ -137,3 +138,10 @@ def test_stages_of_one_name_and_no_stage_at_all_are_refused(tmp_path: Path):
         with pytest.raises(ValueError, match=r"pretrain\.stages need distinct names"):
             run(tmp_path / "never", stages=stages)
     assert not (tmp_path / "never").exists()
+
+
+def test_a_run_of_another_configuration_is_not_resumed(tmp_path: Path):
+    (tmp_path / "config.gin").write_text("pretrain.seed = 1\npretrain.output_dir = 'a'\n")
+    check_same_run(tmp_path, "pretrain.seed = 1\npretrain.output_dir = 'b'\npretrain.resume = True\n")
+    with pytest.raises(ValueError, match=r"another configuration.*pretrain\.seed"):
+        check_same_run(tmp_path, "pretrain.seed = 2\n")

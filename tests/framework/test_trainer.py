@@ -248,7 +248,7 @@ def gradients_with(combined: Combine, spoilt: bool) -> dict[str, Tensor]:
     trainer.policies.stepped()
     plans = trainer.exploration.plan(trainer.scenes[:1], [0], trainer.generator.recipe, Streams(0))
     tape = roll_out(trainer.generator, plans, trainer.exploration.kernel, trainer.keep)
-    (probes,) = trainer.surrogate.probes(tape, trainer.generator.recipe, torch.Generator().manual_seed(0))
+    (probes,) = trainer.surrogate.probes(tape, trainer.generator.recipe, Streams(0).at("probes"))
     if spoilt:
         wild = probes.noisy.clone()
         wild[1] *= 7

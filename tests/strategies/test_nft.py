@@ -12,6 +12,7 @@ from torch import Tensor
 from framework.flow import add_noise, expand_sigma, x0_from_velocity
 from framework.interfaces import GeneratorRecipe
 from framework.records import Endpoints, EndpointShift
+from framework.rng import Streams
 from framework.schedules import FewStepSchedule
 from framework.types import Advantage, BranchPlan, GroupPlan, Objective, Probes, Scene, Tape
 from strategies.surrogates.nft import NFT, nft_loss, preference
@@ -43,7 +44,7 @@ def tapes(draw) -> Tape:
 
 
 def probed(nft: NFT, tape: Tape, seed: int = 0) -> Probes:
-    (probes,) = nft.probes(tape, RECIPE, torch.Generator().manual_seed(seed))
+    (probes,) = nft.probes(tape, RECIPE, Streams(seed))
     return probes
 
 
