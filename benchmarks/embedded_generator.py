@@ -8,6 +8,7 @@ and the packaged weights are held against the run's own.
 
 import argparse
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,8 +30,6 @@ from framework.selfchecks import replay_deviation
 from framework.types import VideoBatch
 from rewards.shapes import ShapesReward
 
-MEMBERS = 8
-
 
 def compare(name: str, after: Tensor, before: Tensor) -> str:
     """One line: paired difference with its interval."""
@@ -48,7 +47,7 @@ def few_euler_steps(generator: StreamingGenerator, steps: int) -> None:
 def long_stream(generator: StreamingGenerator, held: HeldOut, blocks: int, span: int) -> list[Tensor]:
     """Total reward [scenes, members] of each ``span`` frames of a stream."""
     windows: list[list[Tensor]] = []
-    for plan in evaluation_plans(held.scenes.scenes(), MEMBERS, held.seed, blocks):
+    for plan in evaluation_plans(held.scenes.scenes(), held.members, held.seed, blocks):
         tape = roll_out(generator, [plan], Consistency())
         frames = decode_tape(generator, tape).frames
         prompts = [s.prompt for s in tape.scenes]
@@ -61,17 +60,20 @@ def long_stream(generator: StreamingGenerator, held: HeldOut, blocks: int, span:
     return [torch.stack(column) for column in zip(*windows, strict=True)]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretrained", type=Path, help="folder of a pretrain run, to compare with its base")
-    options = parser.parse_args()
+    parser.add_argument("--members", type=int, default=8, help="noises per caption")
+    parser.add_argument("--captions", type=int, help="at most so many of the held-out captions")
+    options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    held = HeldOut(ShapesCaptions(held_out=True), ShapesReward(), members=MEMBERS, controls=ShapesControls())
+    scenes = ShapesCaptions(held_out=True, limit=options.captions)
+    held = HeldOut(scenes, ShapesReward(), members=options.members, controls=ShapesControls())
     generator = packaged_generator()
     print("\n".join(control_lines(held)))
     student = held.judge(generator)
     print(score_line("packaged start, 4 steps", student))
-    print(f"room for RL, best of {MEMBERS} minus mean: {headroom(student):.3f}")
+    print(f"room for RL, best of {options.members} minus mean: {headroom(student):.3f}")
 
     plans = evaluation_plans(held.scenes.scenes()[:2], 2, 0, 7)
     tape = roll_out(generator, plans, Consistency(), frozenset({Predictions, Endpoints}))

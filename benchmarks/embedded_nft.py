@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,14 +73,14 @@ def rows(runs: list[Run], signals: tuple[str, ...]) -> list[list[str]]:
     return table
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", required=True, help="folder of all runs; existing runs are kept")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), metavar="ARM")
     parser.add_argument("--parallel", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--gin_param", action="append", default=[], help="one gin line for every run")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     root = Path(options.output_dir)
     runs = [
         Run(arm, ARMS[arm], seed, root / f"{Path(ARMS[arm]).stem}-{seed}")
