@@ -1,9 +1,19 @@
-"""No test leaves a gin binding or a search path behind for the next one."""
+"""No test leaves a gin binding or a search path behind for the next one, and none waits for a second thread.
 
+Tensors here are tiny: a second thread gains nothing, and where another process holds its core, threads that spin at
+every barrier make the suite ten times slower.
+"""
+
+import os
 import sys
 from collections.abc import Iterator
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+
 import pytest
+import torch
+
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
