@@ -124,6 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except ConfigError as error:
         return _report(error, 2, options.debug)
+    except BrokenPipeError:  # the reader, e.g. `head`, has seen enough
+        sys.stdout = None
+        return 141
     except (ValueError, OSError, FloatingPointError) as error:
         return _report(error, 1, options.debug)
 
