@@ -146,7 +146,7 @@ class PerRewardCentred(AdvantageRule):
 
     The deviation is that of the *centred* values over the batch, so prompt difficulty does not enter it and a reward
     with a large raw scale does not dominate; dividing by Σ|w| keeps A in units of one deviation, whatever the number of
-    rewards, so that the symmetric clip acts on outliers and leaves the mean at zero. Our default for several rewards.
+    rewards, so that the symmetric clip acts on outliers and hardly moves the mean. Our default for several rewards.
     """
 
     weights: Mapping[str, float] | None = None

@@ -47,6 +47,8 @@ class HeldOut:
     controls: ControlVideos | None = None
 
     def __post_init__(self) -> None:
+        if len(self.scenes.scenes()) < 2:
+            raise ValueError("HeldOut.scenes needs at least 2 scenes: intervals are clustered by scene")
         if self.members < 1 or self.clips_per_batch < 1 or self.every < 0:
             raise ValueError(
                 f"HeldOut.members and clips_per_batch must be at least 1 and every at least 0, got {self.members}, "

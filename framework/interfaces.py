@@ -37,7 +37,7 @@ class GeneratorRecipe:
 
     block_frames: latent frames denoised together. clip_blocks: blocks of a training clip. latent: (C, H, W).
     schedule: the sampler's σ grid. prediction: what the network outputs, "velocity" or "x0". fps: of decoded video.
-    name, licence: for logs and model cards.
+    name: for logs and weight files.
     """
 
     name: str
@@ -47,7 +47,6 @@ class GeneratorRecipe:
     schedule: FewStepSchedule
     prediction: str = "velocity"
     fps: float = 16.0
-    licence: str = "Apache-2.0"
 
     def __post_init__(self) -> None:
         if self.prediction not in ("velocity", "x0"):

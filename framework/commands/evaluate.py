@@ -32,8 +32,6 @@ def evaluate(
     output_dir: a new folder, None for a fresh one under runs/. adapter: a folder that a training run saved; None
     scores the generator as it is. Intervals are 95 %, clustered by scene.
     """
-    if len(evaluation.scenes.scenes()) < 2:
-        raise ValueError("HeldOut.scenes needs at least 2 scenes: intervals are clustered by scene")
     prepare(generator.network, device, threads)
     folder = create_run_folder(fresh_folder("evaluate") if output_dir is None else output_dir)
     if adapter is not None:

@@ -90,10 +90,10 @@ def pretrain(
 
 
 def check_same_run(folder: Path, operative_config: str) -> None:
-    """Raises ValueError when the run in the folder was configured otherwise; folder, resume and threads may differ."""
+    """Raises ValueError when the run in the folder was configured otherwise; its folder and save_every may differ."""
 
     def meaning(text: str) -> set[str]:
-        free = ("pretrain.output_dir", "pretrain.resume", "pretrain.threads", "pretrain.save_every", "#")
+        free = ("pretrain.output_dir", "pretrain.resume", "pretrain.save_every", "#")
         return {line for line in text.splitlines() if line.strip() and not line.startswith(free)}
 
     recorded = folder / "config.gin"

@@ -77,8 +77,6 @@ def train(
         example = min(segments[0].prompt for segments in shared)
         raise ValueError(f"{len(shared)} prompts are both trained on and judged, e.g. {example!r}; "
                          f"change train.scenes or HeldOut.scenes")  # fmt: skip
-    if len(judged) < 2:
-        raise ValueError("HeldOut.scenes needs at least 2 scenes: intervals are clustered by scene")
     draw_scenes(train_scenes, 0, prompts_per_step, seed)
     prepare(generator.network, device, threads)
     policies = Policies(generator, adaptation, behaviour_decay, average_decay, seed)
