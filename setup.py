@@ -30,6 +30,7 @@ PARTS = [
     # the framework's own
     "adapters = framework.adapters",
     "advantages = framework.advantages",
+    "block_weights = framework.block_weights",
     "evaluation.HeldOut = framework.evaluation:HeldOut",
     "kernels = framework.kernels",
     "optimization = framework.optimization",

@@ -81,13 +81,17 @@ def resolve_weights(weights: Mapping[str, float] | None, names: Sequence[str]) -
     return dict(weights)
 
 
-def _widened(scores: Scores, weights: Mapping[str, float]) -> tuple[dict[str, Tensor], Tensor]:
-    """(signals in float64, which clips have every weighted signal valid)."""
+def widened(
+    scores: Scores, weights: Mapping[str, float], anchors: Tensor | None = None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """(signals in float64, which clips are branches with every weighted signal valid)."""
     values = {name: torch.where(scores.valid[name], scores.values[name], 0).double() for name in weights}
-    return values, torch.stack([scores.valid[name] for name in weights]).all(0)
+    valid = torch.stack([scores.valid[name] for name in weights]).all(0)
+    return values, valid if anchors is None else valid & ~anchors
 
 
-def _finish(values: Tensor, valid: Tensor, groups: Tensor, limit: float | None, raw: Tensor) -> Advantage:
+def finish(values: Tensor, valid: Tensor, groups: Tensor, limit: float | None, raw: Tensor) -> Advantage:
+    """Clip to ±limit, mark invalid clips inactive, and describe the spread of ``raw``, the rewards as summed."""
     clipped = clip_symmetric(values, limit)
     spread = group_std(raw, groups, valid)
     metrics = {
@@ -97,7 +101,7 @@ def _finish(values: Tensor, valid: Tensor, groups: Tensor, limit: float | None, 
         "frac_zero_std": (spread <= 1e-8).double().mean(),
         "frac_invalid": (~valid).double().mean(),
     }
-    return Advantage(clipped.float(), valid, metrics)
+    return Advantage(clipped.float(), valid, groups, metrics)
 
 
 @dataclass(frozen=True)
@@ -113,12 +117,12 @@ class GroupRelative(AdvantageRule):
     std_floor: float = 1e-4
     clip: float | None = 5.0
 
-    def __call__(self, scores: Scores, groups: Tensor) -> Advantage:
+    def __call__(self, scores: Scores, groups: Tensor, anchors: Tensor | None = None) -> Advantage:
         weights = resolve_weights(self.weights, list(scores.values))
-        values, valid = _widened(scores, weights)
+        values, valid = widened(scores, weights, anchors)
         raw = weighted_sum(values, weights)
         advantage = group_relative(raw, groups, self.std_floor, valid)
-        return _finish(advantage, valid, groups, self.clip, raw)
+        return finish(advantage, valid, groups, self.clip, raw)
 
 
 def group_relative(values: Tensor, groups: Tensor, floor: float, valid: Tensor | None = None) -> Tensor:
@@ -133,11 +137,11 @@ class GroupCentred(AdvantageRule):
     weights: Mapping[str, float] | None = None
     clip: float | None = 5.0
 
-    def __call__(self, scores: Scores, groups: Tensor) -> Advantage:
+    def __call__(self, scores: Scores, groups: Tensor, anchors: Tensor | None = None) -> Advantage:
         weights = resolve_weights(self.weights, list(scores.values))
-        values, valid = _widened(scores, weights)
+        values, valid = widened(scores, weights, anchors)
         raw = weighted_sum(values, weights)
-        return _finish(centre(raw, groups, valid), valid, groups, self.clip, raw)
+        return finish(centre(raw, groups, valid), valid, groups, self.clip, raw)
 
 
 @dataclass(frozen=True)
@@ -153,11 +157,11 @@ class PerRewardCentred(AdvantageRule):
     std_floor: float = 1e-4
     clip: float | None = 5.0
 
-    def __call__(self, scores: Scores, groups: Tensor) -> Advantage:
+    def __call__(self, scores: Scores, groups: Tensor, anchors: Tensor | None = None) -> Advantage:
         weights = resolve_weights(self.weights, list(scores.values))
-        values, valid = _widened(scores, weights)
+        values, valid = widened(scores, weights, anchors)
         total = per_reward_centred(values, weights, groups, self.std_floor, valid)
-        return _finish(total, valid, groups, self.clip, weighted_sum(values, weights))
+        return finish(total, valid, groups, self.clip, weighted_sum(values, weights))
 
 
 def per_reward_centred(

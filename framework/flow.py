@@ -22,6 +22,11 @@ def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     return (1 - sigma) * x0 + sigma * noise
 
 
+def velocity_distance(left: Tensor, right: Tensor) -> Tensor:
+    """⟨(v − v')²⟩ over all dimensions but the first: [N]."""
+    return (left - right).square().flatten(1).mean(1)
+
+
 def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:
     """v = ε − x0, the velocity of the straight path from data to noise."""
     return noise - x0

@@ -25,6 +25,7 @@ from framework.types import (
     Probes,
     Scene,
     Scores,
+    Statistics,
     Tape,
     VideoBatch,
     Views,
@@ -134,7 +135,11 @@ class SurrogatePolicy(ABC):
     reads: ClassVar[frozenset[type[Record]]] = frozenset()
     writes: ClassVar[frozenset[type[Record]]] = frozenset()
     views: ClassVar[frozenset[str]] = frozenset({"current"})
-    """Policies whose velocities `objective` reads; others are never computed."""
+    """Policies whose velocities `statistics` reads; others are never computed."""
+    coupled: ClassVar[bool] = False
+    """Whether a clip's loss depends on its siblings' statistics; then whole groups are gathered before `objective`."""
+    fixed_probes: ClassVar[bool] = False
+    """Whether every update of a rollout asks at the same places; then the frozen policies are asked once a rollout."""
 
     @abstractmethod
     def probes(self, tape: Tape, recipe: GeneratorRecipe, streams: Streams) -> Iterator[Probes]:
@@ -145,8 +150,16 @@ class SurrogatePolicy(ABC):
         """
 
     @abstractmethod
-    def objective(self, views: Views, probes: Probes, advantage: Advantage) -> Objective:
-        """The loss per clip, a pure function of tensors. ``advantage`` holds exactly the probed clips."""
+    def statistics(self, views: Views, probes: Probes) -> Statistics:
+        """What is measured of each probed clip, a pure function of tensors → {name: [n, …]}."""
+
+    @abstractmethod
+    def objective(self, statistics: Statistics, advantage: Advantage) -> Objective:
+        """The loss per clip, a pure function of the statistics. ``advantage`` holds exactly the measured clips."""
+
+    def loss(self, views: Views, probes: Probes, advantage: Advantage) -> Objective:
+        """`objective` of `statistics`: the whole loss where everything fits at once."""
+        return self.objective(self.statistics(views, probes), advantage)
 
 
 class RewardModel(ABC):
@@ -176,8 +189,11 @@ class AdvantageRule(ABC):
     reads: ClassVar[frozenset[type[Record]]] = frozenset()
 
     @abstractmethod
-    def __call__(self, scores: Scores, groups: Tensor) -> Advantage:
-        """scores: values [N] per signal; groups: id per clip [N]."""
+    def __call__(self, scores: Scores, groups: Tensor, anchors: Tensor | None = None) -> Advantage:
+        """scores: values [N] per signal; groups: id per clip [N]; anchors: which clips [N] explored nothing.
+
+        Anchors are never active. A rule that does not read `Anchors` must give what it would give without them.
+        """
 
 
 class Regularizer(ABC):

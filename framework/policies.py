@@ -15,7 +15,7 @@ from torch import Tensor
 from framework.adapters import Adaptation
 from framework.averaging import WeightAverage
 from framework.interfaces import Schedule, StreamingGenerator
-from framework.types import ObjectiveFunction, Probes
+from framework.types import Loss, Objective, Probes
 
 CURRENT, BEHAVIOUR, REFERENCE, AVERAGE = "current", "behaviour", "reference", "average"
 
@@ -70,33 +70,70 @@ class Policies:
             with torch.no_grad():
                 torch._foreach_copy_(parameters, self._current)
 
-    def views(self, names: frozenset[str], probes: Probes) -> dict[str, Tensor]:
-        """Velocities at the probes by policy name; only "current" carries a graph, and only names asked for are run."""
-        views: dict[str, Tensor] = {}
-        for name in sorted(names - {CURRENT}):
+    def views(
+        self, names: frozenset[str], probes: Probes, frozen: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Velocities at the probes by policy name; only "current" carries a graph, and only names asked for are run.
+
+        frozen: views of other policies at the same probes that are known already.
+        """
+        views: dict[str, Tensor] = {name: view for name, view in (frozen or {}).items() if name in names}
+        for name in sorted(names - {CURRENT} - views.keys()):
             if name not in self._equal:
                 with self.use(name), torch.no_grad():
                     views[name] = self.generator.replay(probes)
         current = self.generator.replay(probes)
         # a set that equals the current policy would give the same numbers at the price of another forward pass
-        views |= {name: current.detach() for name in names & self._equal}
+        views |= {name: current.detach() for name in (names & self._equal) - views.keys()}
         return views | {CURRENT: current} if CURRENT in names else views
 
     def backward(
-        self, objective: ObjectiveFunction, probes: Probes, names: frozenset[str], clips: int, total: int
+        self, loss: Loss, probes: Probes, clips: int, total: int, frozen: "FrozenViews | None" = None
     ) -> dict[str, Tensor]:
         """Accumulate the gradient of Σ_n loss_n / total in micro-batches of ``clips``; returns summed metrics / total.
 
-        The result does not depend on ``clips``: every loss here is a sum over clips.
+        The result does not depend on ``clips``. A loss that couples clips of different micro-batches takes two passes:
+        all statistics without a graph and the loss's slope at each of them, then every micro-batch again with a graph,
+        pulled along its slopes (exact, the idea of GradCache, 2101.06983; replay is deterministic).
         """
-        sums: dict[str, Tensor] = {}
-        for part in probes.split(clips):
-            result = objective(self.views(names, part), part)
-            loss = result.per_clip.sum() / total
-            loss.backward()
-            for name, value in {"loss": result.per_clip.detach(), **result.metrics}.items():
-                sums[name] = sums.get(name, torch.zeros_like(loss)) + value.detach().sum() / total
-        return sums
+        frozen = FrozenViews(reused=False) if frozen is None else frozen
+        parts = list(probes.split(clips))
+        if not loss.coupled or len(parts) == 1:
+            sums: dict[str, Tensor] = {}
+            for part in parts:
+                result = loss.judge(loss.measure(self._views(loss.views, part, frozen.next()), part), part.rows)
+                (result.per_clip.sum() / total).backward()
+                for name, value in summed(result, total).items():
+                    sums[name] = sums[name] + value if name in sums else value
+            return sums
+
+        known = [frozen.next() for _ in parts]
+        with torch.no_grad():
+            measured = [
+                loss.measure(self._views(loss.views, part, memo), part) for part, memo in zip(parts, known, strict=True)
+            ]
+        joined = {name: torch.cat([m[name] for m in measured]).requires_grad_() for name in measured[0]}
+        result = loss.judge(joined, torch.cat([part.rows for part in parts]))
+        slopes = torch.autograd.grad(result.per_clip.sum() / total, list(joined.values()), allow_unused=True)
+        first = 0
+        for part, memo in zip(parts, known, strict=True):
+            rows = slice(first, first + len(part))
+            measured_again = loss.measure(self._views(loss.views, part, memo), part)
+            pulled = [
+                (value * slope[rows]).sum()
+                for value, slope in zip(measured_again.values(), slopes, strict=True)
+                if slope is not None and value.requires_grad
+            ]
+            if pulled:
+                torch.stack(pulled).sum().backward()
+            first += len(part)
+        return summed(result, total)
+
+    def _views(self, names: frozenset[str], probes: Probes, memo: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`views` that leaves what the frozen policies said in the memo."""
+        views = self.views(names, probes, memo)
+        memo |= {name: view for name, view in views.items() if name != CURRENT}
+        return views
 
     def stepped(self) -> None:
         """Tell that the current policy has moved."""
@@ -130,3 +167,35 @@ class Policies:
         for name in self.sets:
             self.sets[name].update(state[name], 0.0)
         self._equal.clear()
+
+
+class FrozenViews:
+    """What the policies that do not move said, part by part.
+
+    reused: keep it for the next update of the same rollout, which asks at the same places; else every part starts
+    from nothing and its views are freed with it.
+    """
+
+    def __init__(self, reused: bool) -> None:
+        self.reused = reused
+        self._memos: list[dict[str, Tensor]] = []
+        self._position = 0
+
+    def rewind(self) -> None:
+        """Start over with the first part."""
+        self._position = 0
+
+    def next(self) -> dict[str, Tensor]:
+        """The memo of the next part, to be filled by whoever asks first."""
+        if not self.reused:
+            return {}
+        if self._position == len(self._memos):
+            self._memos.append({})
+        self._position += 1
+        return self._memos[self._position - 1]
+
+
+def summed(result: Objective, total: int) -> dict[str, Tensor]:
+    """Loss and metrics of an objective as Σ_n / total."""
+    values = {"loss": result.per_clip, **result.metrics}
+    return {name: value.detach().sum() / total for name, value in values.items()}

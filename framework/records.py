@@ -4,9 +4,12 @@ An exploration *writes* records, surrogates, advantage rules and regularizers *r
 everything read was written upstream; a subclass satisfies a requirement for its base.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from framework.flow import velocity_distance
 
 
 class Record:
@@ -32,6 +35,21 @@ class Predictions(Record):
 
 
 @dataclass(frozen=True)
+class Displacements(Predictions):
+    """Predictions under a history other than the canonical one; an energy measures how they differ when replayed."""
+
+    blocks: int  # how many blocks of the window, from its first, were made under the other history
+    steps: tuple[bool, ...]  # which of the K steps were
+
+
+@dataclass(frozen=True)
+class Anchors(Record):
+    """A branch per group that explored nothing."""
+
+    mask: Tensor  # bool [N]
+
+
+@dataclass(frozen=True)
 class Transitions(Record):
     """Sampler steps with a density: where each one started and where it went (requires a stochastic kernel)."""
 
@@ -46,8 +64,40 @@ class OnPolicyTransitions(Transitions):
 
 
 @dataclass(frozen=True)
-class EndpointShift(Record):
-    """Velocities of the current and the reference policy at the same probes: what a velocity-space KL measures."""
+class AnchorShift(Record):
+    """`EndpointShift` on the trajectory of the group's anchor, repeated on its branches: drift that all share."""
 
-    current: Tensor  # [N, S, C, F, H, W]
-    reference: Tensor  # [N, S, C, F, H, W], no gradient
+    distance: Tensor  # [N]
+
+
+@dataclass(frozen=True)
+class BranchLogits(Record):
+    """Log-probabilities of the branches of a group under the current and the reference policy."""
+
+    current: Tensor  # [N], Σ_branches exp = 1 in every group; 0 at anchors
+    reference: Tensor  # [N], no gradient
+    groups: Tensor  # [N]
+
+
+@dataclass(frozen=True)
+class KernelShift(Record):
+    """Closed-form KL of the sampler's Gaussian steps from the reference's."""
+
+    divergence: Tensor  # [N], KL(θ ‖ ref) averaged over dimensions and trained steps
+
+
+@dataclass(frozen=True)
+class EndpointShift(Record):
+    """How far the current policy's velocities moved from the reference's at the same probes: a velocity-space KL."""
+
+    distance: Tensor  # [N], ⟨(v_θ − v_ref)²⟩ over all dimensions but the first
+
+
+def endpoint_shift(views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The statistic behind `EndpointShift`, where somebody asked for the reference."""
+    return {"shift": velocity_distance(views["current"], views["reference"])} if "reference" in views else {}
+
+
+def written_shift(statistics: Mapping[str, Tensor]) -> dict[type, "Record"]:
+    """`EndpointShift` where its statistic was measured."""
+    return {EndpointShift: EndpointShift(statistics["shift"])} if "shift" in statistics else {}

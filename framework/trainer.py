@@ -16,11 +16,11 @@ from framework.interfaces import (
     SurrogatePolicy,
 )
 from framework.optimization import AdamW
-from framework.policies import BEHAVIOUR, Policies
+from framework.policies import BEHAVIOUR, FrozenViews, Policies
 from framework.records import Record
 from framework.rng import Streams
 from framework.rollout import device_of, roll_out
-from framework.types import Objective, Probes, Scene, Views
+from framework.types import Loss, Objective, Scene, Statistics
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Trainer:
 
         # Judge: which branches were better than their siblings?
         scores = self.reward.score(decode_tape(self.generator, tape))
-        advantage = self.advantage(scores, tape.groups)
+        advantage = self.advantage(scores, tape.groups, tape.anchors)
         marks = self.regularizer.prepare(scores, tape.groups)
         active = int(advantage.active.sum())
         device = device_of(self.generator)
@@ -76,18 +76,20 @@ class Trainer:
         clock.lap("reward_s")
 
         # Improve: towards the better ones, not too far.
-        def objective(views: Views, probes: Probes) -> Objective:
-            part = on_device[probes.rows]
-            loss = self.surrogate.objective(views, probes, part)
-            penalty = self.regularizer.penalty(loss, None if marks is None else marks[probes.rows])
+        def judge(statistics: Statistics, rows: Tensor) -> Objective:
+            part = on_device[rows]
+            loss = self.surrogate.objective(statistics, part)
+            penalty = self.regularizer.penalty(loss, None if marks is None else marks[rows])
             return combine(loss, penalty, part.active)
 
+        loss = Loss(self.view_names, self.surrogate.statistics, judge, self.surrogate.coupled)
         metrics: Scalars = {}
+        frozen = FrozenViews(reused=self.surrogate.fixed_probes and self.updates_per_rollout > 1)
         for update in range(self.updates_per_rollout if active else 0):
             metrics = {}
+            frozen.rewind()
             for probes in self.surrogate.probes(tape, recipe, streams.at("probes", update)):
-                sums = self.policies.backward(objective, probes, self.view_names, self.micro_batch_size, active)
-                add_scalars(metrics, sums)
+                add_scalars(metrics, self.policies.backward(loss, probes, self.micro_batch_size, active, frozen))
             metrics |= self.optimizer.step(self.torch_optimizer, self.policies.parameters, self.updates_done)
             self.policies.stepped()
             self.updates_done += 1

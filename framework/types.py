@@ -45,10 +45,38 @@ class Scene:
 
 
 @dataclass(frozen=True)
+class Route:
+    """A history of a branch's own, by frame id: sink, routed frames, most recent frames.
+
+    frames: ascending ids of routed frames, fixed for the whole window. sink: leading frames kept as they are. recent:
+    most recent frames kept (history only; the current block comes on top). blocks: how many blocks of the window are
+    routed, from its first. steps: which sampler steps are. clean_write: whether the clean pass that commits a routed
+    block sees the route too.
+    """
+
+    frames: tuple[int, ...]
+    sink: int
+    recent: int
+    blocks: int
+    steps: tuple[bool, ...]
+    clean_write: bool = False
+
+    def visible(self, start: int) -> tuple[int, ...]:
+        """Ids of the frames that the block at ``start`` sees, ascending."""
+        return (*range(self.sink), *self.frames, *range(start - self.recent, start))
+
+
+@dataclass(frozen=True)
 class BranchPlan:
-    """How one branch is generated. Branches of a group that have equal seeds share their noise."""
+    """How one branch is generated. Branches of a group that have equal seeds share their noise.
+
+    route: the history it is shown in place of the canonical one. anchor: it explores nothing; rewards are compared with
+    it, and it takes no part in the update.
+    """
 
     noise_seed: int
+    route: Route | None = None
+    anchor: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,6 +112,11 @@ class Tape:
     def groups(self) -> Tensor:
         """Group id of every clip [N]."""
         return torch.tensor([plan.group for plan in self.plans for _ in plan.branches])
+
+    @property
+    def anchors(self) -> Tensor:
+        """Which clips explored nothing, bool [N]."""
+        return torch.tensor([branch.anchor for plan in self.plans for branch in plan.branches])
 
     @property
     def scenes(self) -> list[Scene]:
@@ -177,20 +210,22 @@ class Advantage:
     """How much better each clip was than its siblings.
 
     values: float32 [N]. active: bool [N]; False drops the clip and every penalty on it from the update, whose losses
-    are averaged over the active clips. metrics: scalars to log.
+    are averaged over the active clips; an anchor is never active. groups: id [N] of each clip's group, equal ids side
+    by side. metrics: scalars to log.
     """
 
     values: Tensor
     active: Tensor
+    groups: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Advantage":
         """The same on another device; metrics stay where they are."""
-        return Advantage(self.values.to(device), self.active.to(device), self.metrics)
+        return Advantage(self.values.to(device), self.active.to(device), self.groups.to(device), self.metrics)
 
     def __getitem__(self, rows: Tensor) -> "Advantage":
         """The clips of some rows, without the metrics."""
-        return Advantage(self.values[rows], self.active[rows])
+        return Advantage(self.values[rows], self.active[rows], self.groups[rows])
 
 
 @dataclass(frozen=True)
@@ -256,4 +291,19 @@ class Objective:
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-ObjectiveFunction = Callable[[Views, Probes], Objective]
+Statistics = Mapping[str, Tensor]
+"""What a surrogate measures of each clip [n, …]: the only thing that leaves a micro-batch, a handful of scalars."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What is differentiated: measured in micro-batches, judged over whole groups.
+
+    views: the policies that are asked. measure: per-clip statistics of one micro-batch. judge: the objective of the
+    statistics of some rows of the tape. coupled: whether a clip's loss depends on its siblings' statistics.
+    """
+
+    views: frozenset[str]
+    measure: Callable[[Views, "Probes"], Statistics]
+    judge: Callable[[Statistics, Tensor], Objective]
+    coupled: bool = False

@@ -15,11 +15,6 @@ from framework.records import EndpointShift, Record
 from framework.types import Objective
 
 
-def velocity_kl(current: Tensor, reference: Tensor) -> Tensor:
-    """⟨(v_θ − v_ref)²⟩ over all dimensions but the first: [N]."""
-    return (current - reference).square().flatten(1).mean(1)
-
-
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     """Mean over the masked entries only, 0 for an empty mask: the released normalisation."""
     return (values * mask).sum() / mask.sum().clamp(min=1)
@@ -47,5 +42,4 @@ class VelocityKL(Regularizer):
 
     def penalty(self, objective: Objective, marks: Tensor | None) -> Tensor:
         shift: EndpointShift = objective.written[EndpointShift]
-        value = velocity_kl(shift.current, shift.reference)
-        return self.weight * (value if marks is None else marks * value)
+        return self.weight * (shift.distance if marks is None else marks * shift.distance)

@@ -26,11 +26,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from framework.flow import add_noise, expand_sigma, velocity_target
+from framework.flow import add_noise, expand_sigma, velocity_distance, velocity_target
 from framework.interfaces import GeneratorRecipe, SurrogatePolicy
-from framework.records import Endpoints, EndpointShift, Record
+from framework.records import Endpoints, EndpointShift, Record, endpoint_shift, written_shift
 from framework.rng import Streams, draw_noise
-from framework.types import Advantage, Objective, Probes, Tape, Views
+from framework.types import Advantage, Objective, Probes, Statistics, Tape, Views
 
 
 def preference(advantage: Tensor, limit: float) -> Tensor:
@@ -152,13 +152,16 @@ class NFT(SurrogatePolicy):
             extra={"target": velocity_target(x0, noise), "weight": weight},
         )
 
-    def objective(self, views: Views, probes: Probes, advantage: Advantage) -> Objective:
+    def statistics(self, views: Views, probes: Probes) -> Statistics:
         current, old = views["current"], views["behaviour"]
         weight = expand_sigma(probes.extra["weight"])
         if self.space == "x0":
             weight = weight * expand_sigma(probes.sigma).square()
+        positive, negative = branch_losses(current, old, probes.extra["target"], self.beta, weight)
+        moved = velocity_distance(current.detach(), old)
+        return {"positive": positive, "negative": negative, "distance_to_old": moved} | endpoint_shift(views)
+
+    def objective(self, statistics: Statistics, advantage: Advantage) -> Objective:
         r = preference(advantage.values, self.advantage_limit)
-        loss = nft_loss(current, old, probes.extra["target"], r, self.beta, weight) / self.beta
-        metrics = {"distance_to_old": (current - old).detach().square().flatten(1).mean(1)}
-        written = {EndpointShift: EndpointShift(current, views["reference"])} if "reference" in views else {}
-        return Objective(loss, written, metrics)
+        loss = (r * statistics["positive"] + (1 - r) * statistics["negative"]) / self.beta
+        return Objective(loss, written_shift(statistics), {"distance_to_old": statistics["distance_to_old"]})

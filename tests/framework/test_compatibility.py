@@ -83,7 +83,10 @@ def reading(*kinds: type[Record]) -> SurrogatePolicy:
         def probes(self, tape, recipe, generator):
             raise NotImplementedError
 
-        def objective(self, views, probes, advantage):
+        def statistics(self, views, probes):
+            raise NotImplementedError
+
+        def objective(self, statistics, advantage):
             raise NotImplementedError
 
     return Reader()
@@ -94,7 +97,7 @@ class AnchorRule(AdvantageRule):
 
     reads = frozenset({OnPolicyTransitions})
 
-    def __call__(self, scores, groups):
+    def __call__(self, scores, groups, anchors=None):
         raise NotImplementedError
 
 

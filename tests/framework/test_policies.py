@@ -12,9 +12,9 @@ from torch import Tensor
 from framework.adapters import FullFineTuning
 from framework.interfaces import Schedule
 from framework.optimization import Constant
-from framework.policies import AVERAGE, BEHAVIOUR, CURRENT, REFERENCE, Policies
-from framework.records import EndpointShift
-from framework.types import Objective, Probes, Views
+from framework.policies import AVERAGE, BEHAVIOUR, CURRENT, REFERENCE, FrozenViews, Policies
+from framework.records import endpoint_shift, written_shift
+from framework.types import Loss, Objective, Probes, Statistics, Views
 from strategies.regularizers.velocity_kl import VelocityKL
 from tests.support import PROMPTS, close, normal, over, perturb, tiny_generator
 
@@ -223,7 +223,7 @@ def test_the_kl_to_the_reference_is_exactly_zero_until_the_policy_moves(moved: b
     if moved:
         move(policies, 0)
     views = policies.views(frozenset({CURRENT, REFERENCE}), probes)
-    written = {EndpointShift: EndpointShift(views[CURRENT], views[REFERENCE])}
+    written = written_shift(endpoint_shift(views))
     penalty = VelocityKL(1.0).penalty(Objective(torch.zeros(4), written), None)
     assert bool((penalty > 0).all()) if moved else bool((penalty == 0).all())
 
@@ -231,51 +231,104 @@ def test_the_kl_to_the_reference_is_exactly_zero_until_the_policy_moves(moved: b
 # the exact backward
 
 
-def regression(views: Views, probes: Probes) -> Objective:
-    """A loss of two policies, with a metric of its own."""
+def measure(views: Views, probes: Probes) -> Statistics:
+    """The distance of two policies' mix from a target."""
     distance = (views[CURRENT] - 0.3 * views[REFERENCE] - probes.extra["target"]).square().flatten(1).mean(1)
+    return {"distance": distance, "weight": probes.extra["target"].flatten(1).mean(1)}
+
+
+def separate(statistics: Statistics, rows: Tensor) -> Objective:
+    """A loss in which no clip knows of another."""
+    distance = statistics["distance"] * (2 + statistics["weight"])
     return Objective(distance, metrics={"doubled": 2 * distance})
 
 
-def one_shot(policies: Policies, probes: Probes, total: int) -> dict[str, Tensor]:
+def siblings(statistics: Statistics, rows: Tensor) -> Objective:
+    """A loss in which all clips compete."""
+    share = statistics["distance"].log_softmax(0)
+    distance = -share * (2 + statistics["weight"])
+    return Objective(distance, metrics={"doubled": 2 * distance})
+
+
+BOTH = frozenset({CURRENT, REFERENCE})
+SEPARATE, COUPLED = Loss(BOTH, measure, separate), Loss(BOTH, measure, siblings, coupled=True)
+
+
+def regression(loss: Loss, policies: Policies, probes: Probes) -> Objective:
+    """The objective of all given clips at once."""
+    return loss.judge(measure(policies.views(BOTH, probes), probes), probes.rows)
+
+
+def one_shot(objective: Loss, policies: Policies, probes: Probes, total: int) -> dict[str, Tensor]:
     """Autograd through all clips at once."""
-    views = policies.views(frozenset({CURRENT, REFERENCE}), probes)
-    loss = regression(views, probes).per_clip.sum() / total
+    loss = regression(objective, policies, probes).per_clip.sum() / total
     grads = torch.autograd.grad(loss, list(policies.parameters.values()), allow_unused=True)
     return {name: g for name, g in zip(policies.parameters, grads, strict=True) if g is not None}
 
 
-def accumulate_means(policies: Policies, probes: Probes, clips: int, total: int) -> dict[str, Tensor]:
+def accumulate_means(loss: Loss, policies: Policies, probes: Probes, clips: int, total: int) -> dict[str, Tensor]:
     """A planted error: the mean of each micro-batch, whatever its size."""
     for part in probes.split(clips):
-        regression(policies.views(frozenset({CURRENT, REFERENCE}), part), part).per_clip.mean().backward()
+        regression(loss, policies, part).per_clip.mean().backward()
     return {}
 
 
-def in_micro_batches(policies: Policies, probes: Probes, clips: int, total: int) -> dict[str, Tensor]:
-    return policies.backward(regression, probes, frozenset({CURRENT, REFERENCE}), clips, total)
+def judged_apart(loss: Loss, policies: Policies, probes: Probes, clips: int, total: int) -> dict[str, Tensor]:
+    """A planted error: siblings that never meet."""
+    return policies.backward(replace(loss, coupled=False), probes, clips, total)
 
 
-def check_backward(backward, clips: int, history_grad: bool) -> None:
+def in_micro_batches(loss: Loss, policies: Policies, probes: Probes, clips: int, total: int) -> dict[str, Tensor]:
+    return policies.backward(loss, probes, clips, total)
+
+
+def with_memory(loss: Loss, policies: Policies, probes: Probes, clips: int, total: int) -> dict[str, Tensor]:
+    """The second update of a rollout that asks at the same places."""
+    frozen = FrozenViews(reused=True)
+    policies.backward(loss, probes, clips, total, frozen)
+    for parameter in policies.parameters.values():
+        parameter.grad = None
+    frozen.rewind()
+    return policies.backward(loss, probes, clips, total, frozen)
+
+
+def check_backward(backward, clips: int, history_grad: bool, loss: Loss = SEPARATE) -> None:
     policies, probes = make_policies(), make_probes(3, 2, streams=2, history_grad=history_grad)
     move(policies, 0)
-    expected = one_shot(policies, probes, 5)
-    metrics = backward(policies, probes, clips, 5)
+    expected = one_shot(loss, policies, probes, 5)
+    metrics = backward(loss, policies, probes, clips, 5)
     for name, parameter in policies.parameters.items():
         if name in expected:
             assert parameter.grad is not None
             close(parameter.grad, expected[name], atol=1e-9 * float(expected[name].abs().max() + 1e-3))
     if metrics:
-        loss = regression(policies.views(frozenset({CURRENT, REFERENCE}), probes), probes).per_clip.sum() / 5
-        close(metrics["loss"], loss.detach(), atol=1e-9)
+        value = regression(loss, policies, probes).per_clip.sum() / 5
+        close(metrics["loss"], value.detach(), atol=1e-9)
         close(metrics["doubled"], 2 * metrics["loss"], atol=1e-9)
         assert not any(value.requires_grad for value in metrics.values())
 
 
+@pytest.mark.parametrize("loss", [SEPARATE, COUPLED], ids=["separate", "coupled"])
 @pytest.mark.parametrize("history_grad", [False, True])
 @pytest.mark.parametrize("clips", [1, 2, 4, 6, 48])
-def test_the_gradient_does_not_depend_on_the_micro_batch(clips: int, history_grad: bool):
-    check_backward(in_micro_batches, clips, history_grad)
+def test_the_gradient_does_not_depend_on_the_micro_batch(clips: int, history_grad: bool, loss: Loss):
+    check_backward(in_micro_batches, clips, history_grad, loss)
+
+
+@pytest.mark.parametrize("loss", [SEPARATE, COUPLED], ids=["separate", "coupled"])
+def test_frozen_policies_that_are_asked_once_a_rollout_give_the_same_gradient(loss: Loss, monkeypatch):
+    check_backward(with_memory, 2, False, loss)
+    policies, probes = make_policies(), make_probes(3, 2, streams=2)
+    move(policies, 0)
+    replay, calls = policies.generator.replay, []
+    monkeypatch.setattr(policies.generator, "replay", lambda p: calls.append(1) or replay(p))
+    with_memory(loss, policies, probes, 48, 5)
+    assert len(calls) == 3  # the reference once, the current policy twice
+
+
+def test_the_micro_batch_check_sees_siblings_that_never_meet():
+    with pytest.raises(AssertionError):
+        check_backward(judged_apart, 2, False, COUPLED)
 
 
 def test_the_micro_batch_check_sees_a_mean_of_means():

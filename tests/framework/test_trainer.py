@@ -21,7 +21,7 @@ from framework.records import OnPolicyTransitions
 from framework.rng import Streams
 from framework.rollout import roll_out
 from framework.trainer import Trainer, combine
-from framework.types import Objective, Scene, Scores, VideoBatch
+from framework.types import Loss, Objective, Scene, Scores, VideoBatch
 from rewards.shapes import ShapesReward
 from strategies.exploration.noise_endpoint import NoiseEndpoint
 from strategies.regularizers.none import NoRegularizer
@@ -255,11 +255,12 @@ def gradients_with(combined: Combine, spoilt: bool) -> dict[str, Tensor]:
         probes = replace(probes, noisy=wild)
     advantage = trainer.advantage(Scores.of({"a": torch.tensor([0.1, torch.nan, 0.7, 0.4])}), tape.groups)
 
-    def objective(views, part):
-        loss = trainer.surrogate.objective(views, part, advantage)
+    def judge(statistics, rows):
+        loss = trainer.surrogate.objective(statistics, advantage)
         return combined(loss, trainer.regularizer.penalty(loss, None), advantage.active)
 
-    trainer.policies.backward(objective, probes, trainer.view_names, 48, int(advantage.active.sum()))
+    loss = Loss(trainer.view_names, trainer.surrogate.statistics, judge)
+    trainer.policies.backward(loss, probes, 48, int(advantage.active.sum()))
     return {name: p.grad.clone() for name, p in trainer.policies.parameters.items() if p.grad is not None}
 
 
@@ -281,8 +282,8 @@ def test_the_visibility_check_sees_a_penalty_outside_the_gate():
 class Poisoned(NFT):
     """A planted error: an infinite loss."""
 
-    def objective(self, views, probes, advantage):
-        loss = super().objective(views, probes, advantage)
+    def objective(self, statistics, advantage):
+        loss = super().objective(statistics, advantage)
         return replace(loss, per_clip=loss.per_clip * torch.inf)
 
 

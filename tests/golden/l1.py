@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from framework.flow import add_noise, velocity_target, x0_from_velocity
-from strategies.regularizers.velocity_kl import batch_normalised, masked_mean, velocity_kl
+from framework.flow import add_noise, velocity_distance, velocity_target, x0_from_velocity
+from strategies.regularizers.velocity_kl import batch_normalised, masked_mean
 from strategies.surrogates.nft import adaptive_branch_losses, branch_losses, nft_gradient, nft_loss, preference
 from tests.golden.backbone import precision
 from tests.golden.case import Case, Row, compare, scaled_difference
@@ -46,7 +46,7 @@ def compute(case: Case, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
             current = theta.detach().requires_grad_()
             positive, negative = branch_losses(current, old, target, beta)
             policy = nft_loss(current, old, target, r, beta)
-            kl = masked_mean(velocity_kl(current, reference), masks[kind])
+            kl = masked_mean(velocity_distance(current, reference), masks[kind])
             total = policy.mean() + kl_weight * kl
             (gradient,) = torch.autograd.grad(total, current)
             yield f"{space}.{kind}.loss_pos", positive
@@ -56,12 +56,12 @@ def compute(case: Case, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
             yield f"{space}.{kind}.total", total
             yield f"{space}.{kind}.grad_{letter}_theta", gradient
     yield "x0.policy_grad_closed_form", nft_gradient(x_theta, x_old, x0, r, beta) / len(x0)
-    yield "v.selective_kl_batch_normalised", batch_normalised(velocity_kl(v_theta, v_ref), mask)
+    yield "v.selective_kl_batch_normalised", batch_normalised(velocity_distance(v_theta, v_ref), mask)
 
     current = v_theta.detach().requires_grad_()
     positive, negative, weight_positive, weight_negative = adaptive_branch_losses(current, v_old, x_t, x0, sigma, beta)
     policy = (r * positive + (1 - r) * negative) / beta
-    kl = velocity_kl(current, v_ref).mean()
+    kl = velocity_distance(current, v_ref).mean()
     mean_policy = case.hparam("adv_clip_max") * policy.mean()
     total = mean_policy + kl_weight * kl
     (gradient,) = torch.autograd.grad(total, current)

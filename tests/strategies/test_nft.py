@@ -53,12 +53,13 @@ def views_for(probes: Probes, seed: int, names=("current", "behaviour")) -> dict
 
 
 def advantages_for(probes: Probes, seed: int) -> Advantage:
-    return Advantage(normal(seed, len(probes)), torch.ones(len(probes), dtype=torch.bool))
+    groups = torch.arange(len(probes)) // (len(probes) // len(probes.prompts))
+    return Advantage(normal(seed, len(probes)), torch.ones(len(probes), dtype=torch.bool), groups)
 
 
 def objective_gradient(nft: NFT, views: dict[str, Tensor], probes: Probes, advantage: Advantage) -> Tensor:
     current = views["current"].clone().requires_grad_()
-    loss = nft.objective(views | {"current": current}, probes, advantage).per_clip.sum()
+    loss = nft.loss(views | {"current": current}, probes, advantage).per_clip.sum()
     return torch.autograd.grad(loss, current)[0]
 
 
@@ -90,9 +91,9 @@ def check_objective_gradient(nft: NFT, tape: Tape, seed: int, on_policy: bool) -
 class Forgetful(NFT):
     """A planted error: the levels' weights are not applied."""
 
-    def objective(self, views, probes, advantage):
+    def statistics(self, views, probes):
         plain = replace(probes, extra=probes.extra | {"weight": torch.ones_like(probes.extra["weight"])})
-        return super().objective(views, plain, advantage)
+        return super().statistics(views, plain)
 
 
 @pytest.mark.parametrize("space", ["v", "x0"])
@@ -110,8 +111,8 @@ def test_the_objective_check_sees_forgotten_weights(space: str):
 class Undivided(NFT):
     """A planted error: the loss is not divided by β."""
 
-    def objective(self, views, probes, advantage):
-        loss = super().objective(views, probes, advantage)
+    def objective(self, statistics, advantage):
+        loss = super().objective(statistics, advantage)
         return replace(loss, per_clip=loss.per_clip * self.beta)
 
 
@@ -144,13 +145,13 @@ def check_spaces_agree(x0_view: Callable[[Probes, Tensor], Tensor], tape: Tape, 
     """The loss in x0 space is the loss of x̂0 = x − σ v against x0: σ² times the velocity loss of each element."""
     probes = probed(NFT(space="x0"), tape, seed)
     views, advantage = views_for(probes, seed), advantages_for(probes, seed)
-    in_x0 = NFT(space="x0").objective(views, probes, advantage).per_clip
+    in_x0 = NFT(space="x0").loss(views, probes, advantage).per_clip
     current, old = (x0_view(probes, views[name]) for name in ("current", "behaviour"))
     target = probes.clean.unsqueeze(1).expand_as(current)
     close(in_x0, nft_loss(current, old, target, preference(advantage.values, 5.0), 1.0), atol=1e-5)
     one_level = replace(probes, sigma=torch.full_like(probes.sigma, 0.625))
-    in_v = NFT(space="v").objective(views, one_level, advantage).per_clip
-    close(NFT(space="x0").objective(views, one_level, advantage).per_clip, 0.625**2 * in_v, atol=1e-12)
+    in_v = NFT(space="v").loss(views, one_level, advantage).per_clip
+    close(NFT(space="x0").loss(views, one_level, advantage).per_clip, 0.625**2 * in_v, atol=1e-12)
 
 
 def test_the_x0_loss_is_sigma_squared_times_the_velocity_loss():
@@ -254,17 +255,17 @@ def test_meaningless_settings_are_refused_at_construction(arguments: dict, name:
 def test_the_reference_is_written_only_where_somebody_reads_it():
     probes = probed(NFT(), MANY)
     advantage = advantages_for(probes, 0)
-    assert NFT().objective(views_for(probes, 0), probes, advantage).written == {}
+    assert NFT().loss(views_for(probes, 0), probes, advantage).written == {}
     views = views_for(probes, 0, ("current", "behaviour", "reference"))
-    shift = NFT().objective(views, probes, advantage).written[EndpointShift]
-    assert shift.current is views["current"] and shift.reference is views["reference"]
+    shift = NFT().loss(views, probes, advantage).written[EndpointShift]
+    close(shift.distance, (views["current"] - views["reference"]).square().flatten(1).mean(1), atol=1e-12)
 
 
 def test_the_distance_to_the_old_policy_is_logged_without_a_graph():
     probes = probed(NFT(), MANY)
     views = views_for(probes, 0)
     views["current"].requires_grad_()
-    distance = NFT().objective(views, probes, advantages_for(probes, 0)).metrics["distance_to_old"]
+    distance = NFT().loss(views, probes, advantages_for(probes, 0)).metrics["distance_to_old"]
     close(distance, (views["current"] - views["behaviour"]).detach().square().flatten(1).mean(1), atol=1e-12)
     assert not distance.requires_grad
 
@@ -339,8 +340,8 @@ def check_sum_does_not_depend_on_the_split(total: Callable[[list[Objective]], Te
 
     def objective(part: Probes) -> Objective:
         rows = part.rows
-        here = Advantage(advantage.values[rows], advantage.active[rows])
-        return nft.objective({name: view[rows] for name, view in views.items()}, part, here)
+        here = advantage[rows]
+        return nft.loss({name: view[rows] for name, view in views.items()}, part, here)
 
     in_parts = total([objective(part) for part in whole.split(clips)])
     close(in_parts, total([objective(whole)]), atol=1e-10)
