@@ -12,14 +12,25 @@ if VERSION is None:
 PARTS = [
     # exploration
     "noise_endpoint = strategies.exploration.noise_endpoint",
+    "causal_history_routing = strategies.exploration.causal_history_routing",
     # surrogates
     "nft = strategies.surrogates.nft",
+    "gaussian_kernel = strategies.surrogates.gaussian_kernel",
+    "transitions = strategies.surrogates.transitions",
+    "gibbs_tve = strategies.surrogates.gibbs_tve",
     # regularizers
     "none = strategies.regularizers.none",
     "velocity_kl = strategies.regularizers.velocity_kl",
-    # pre-training
+    "several = strategies.regularizers.several",
+    "selective_kl = strategies.regularizers.selective_kl",
+    "kernel_kl = strategies.regularizers.kernel_kl",
+    "anchor_velocity = strategies.regularizers.anchor_velocity",
+    "branch_kl = strategies.regularizers.branch_kl",
+    # pre-training and distillation
     "teacher_forcing = strategies.distillation.teacher_forcing",
     "dmd = strategies.distillation.dmd",
+    "student_history = strategies.distillation.student_history",
+    "score_levels = strategies.distillation.score_levels",
     # rewards
     "shapes = rewards.shapes",
     "shapes_proxies = rewards.shapes_proxies",
@@ -27,13 +38,19 @@ PARTS = [
     "random_control = rewards.random_control",
     # generators
     "embedded = backbones.embedded.generator",
+    "recache = backbones.recache",
     # the framework's own
     "adapters = framework.adapters",
     "advantages = framework.advantages",
+    "control_advantages = framework.control_advantages",
+    "anchored_advantages = framework.anchored_advantages",
     "block_weights = framework.block_weights",
     "evaluation.HeldOut = framework.evaluation:HeldOut",
     "kernels = framework.kernels",
     "optimization = framework.optimization",
+    "pooling = framework.pooling",
+    "raven_advantages = framework.raven_advantages",
+    "reference = framework.reference",
     "optimization.AdamW = framework.optimization:AdamW",
     "scenes = framework.data.scenes",
     "schedules.FewStepSchedule = framework.schedules:FewStepSchedule",

@@ -5,14 +5,12 @@ which temporal positions. Rollout, packed replay and export ask the same policy 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-LayerKV = tuple[Tensor, Tensor]
-"""(k, v) of one layer, each [N, F, S, heads, head_dim]; k is not rotated."""
+from backbones.visible import Chunk, LayerKV, VisibleKV, as_pieces, as_runs
 
 
 class HistoryPolicy(ABC):
@@ -50,12 +48,14 @@ class SinkWindow(HistoryPolicy):
     """The first ``sink`` frames and the most recent ones; ``window`` counts sink, recent and the current block.
 
     relative = False keeps absolute frame ids as positions (LongLive 1.0); relative = True numbers the visible frames
-    and the block 0, 1, 2, …, which clamps the distance to the sink (Infinity-RoPE, LongLive "infinity").
+    and the block 0, 1, 2, …, which clamps the distance to the sink (Infinity-RoPE, LongLive "infinity"). sink_start:
+    the sink's first frame, moved only by a prompt switch (`recache.MovedSinkRecache`).
     """
 
     sink: int = 3
     window: int = 12
     relative: bool = False
+    sink_start: int = 0
 
     def __post_init__(self) -> None:
         if self.sink < 0 or self.window <= self.sink:
@@ -70,8 +70,9 @@ class SinkWindow(HistoryPolicy):
                 f"SinkWindow.window={self.window} leaves {self.window - self.sink} frames beside the sink, "
                 f"too few for a block of {length}"
             )
-        recent = max(self.sink, start + length - (self.window - self.sink))
-        return (*range(min(self.sink, start)), *range(recent, start))
+        sink_stop = self.sink_start + self.sink
+        recent = max(sink_stop, start + length - (self.window - self.sink))
+        return (*range(self.sink_start, min(sink_stop, start)), *range(recent, start))
 
     def positions(self, visible: Sequence[int], start: int, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         if not self.relative:
@@ -81,23 +82,8 @@ class SinkWindow(HistoryPolicy):
 
     def retains(self, frame: int, start: int) -> bool:
         # a block of one frame is the shortest: it sees the most history
-        return frame < self.sink or frame > start - (self.window - self.sink)
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """K/V of consecutive frames that were committed together. ``kv[layer]`` has its own batch size, see `fork`."""
-
-    start: int
-    kv: tuple[LayerKV, ...]
-
-    @property
-    def length(self) -> int:
-        return self.kv[0][0].shape[1]
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.length
+        in_sink = self.sink_start <= frame < self.sink_start + self.sink
+        return in_sink or frame > start - (self.window - self.sink)
 
 
 @dataclass(frozen=True)
@@ -121,76 +107,91 @@ class KVHistory:
         """Ids of the frames that are still resident, ascending."""
         return tuple(i for chunk in self.chunks for i in range(chunk.start, chunk.stop))
 
-    def commit(self, kv: Sequence[LayerKV], policy: HistoryPolicy | None = None) -> "KVHistory":
-        """Append frames; with a policy, drop chunks that no later block can see (constant memory)."""
+    def commit(self, kv: Sequence[LayerKV], policy: HistoryPolicy | None = None, resident: int = 0) -> "KVHistory":
+        """Append frames; with a policy, drop chunks that no later block can see (constant memory).
+
+        resident: keep the last so many frames all the same, for blocks that are routed to older ones.
+        """
         chunk = Chunk(self.next_frame, tuple(kv))
         chunks, branches = (*self.chunks, chunk), (*self.branches, 1)
         if policy is not None:
             start = chunk.stop
-            kept = [any(policy.retains(i, start) for i in range(c.start, c.stop)) for c in chunks[:-1]] + [True]
+            kept = [
+                c.stop > start - resident or any(policy.retains(i, start) for i in range(c.start, c.stop))
+                for c in chunks[:-1]
+            ] + [True]
             branches = tuple(b for b, keep in zip(branches, kept, strict=True) if keep)
             chunks = tuple(c for c, keep in zip(chunks, kept, strict=True) if keep)
         return KVHistory(chunks, branches)
+
+    def rewrite(self, start: int, kv: Sequence[LayerKV], rows: Sequence[int] | None = None) -> "KVHistory":
+        """Frames from ``start`` on with other K/V, for all rows or some; frames that are not resident are added.
+
+        kv: per layer [rows, F, S, heads, head_dim]. Raises KeyError for a frame that would be added for some rows only.
+        """
+        stop = start + kv[0][0].shape[1]
+        placed: list[tuple[Chunk, int]] = []
+        for chunk, branches in zip(self.chunks, self.branches, strict=True):
+            low, high = max(chunk.start, start), min(chunk.stop, stop)
+            if low >= high:
+                placed.append((chunk, branches))
+                continue
+            new = tuple((k[:, low - start : high - start], v[:, low - start : high - start]) for k, v in kv)
+            placed.append((overwritten(chunk, branches, low - chunk.start, new, rows), 1))
+        resident = set(self.frame_ids)
+        missing = [frame for frame in range(start, stop) if frame not in resident]
+        if missing and rows is not None:
+            raise KeyError(f"frames {missing} are not in the history, so they cannot be rewritten for some rows only")
+        for run in runs_of(missing):
+            part = slice(run.start - start, run.stop - start)
+            placed.append((Chunk(run.start, tuple((k[:, part].clone(), v[:, part].clone()) for k, v in kv)), 1))
+        placed.sort(key=lambda item: item[0].start)
+        return KVHistory(tuple(chunk for chunk, _ in placed), tuple(branches for _, branches in placed))
 
     def fork(self, branches: int) -> "KVHistory":
         """Each row becomes ``branches`` consecutive rows; no tensor is copied."""
         return KVHistory(self.chunks, tuple(b * branches for b in self.branches))
 
-    def view(self, frames: Sequence[int]) -> "VisibleKV":
+    def view(self, frames: Sequence[int]) -> VisibleKV:
         """The K/V of these frames, in this order. Raises KeyError for a frame that was never committed or dropped."""
-        place = {i: (c, i - chunk.start) for c, chunk in enumerate(self.chunks) for i in range(chunk.start, chunk.stop)}
-        missing = [i for i in frames if i not in place]
-        if missing:
-            raise KeyError(f"frames {missing} are not in the history, resident are {list(self.frame_ids)}")
-        runs: list[tuple[int, int, int]] = []  # (chunk, first offset, past-the-end offset)
-        for i in frames:
-            c, offset = place[i]
-            if runs and runs[-1][0] == c and runs[-1][2] == offset:
-                runs[-1] = (c, runs[-1][1], offset + 1)
-            else:
-                runs.append((c, offset, offset + 1))
-        return VisibleKV(self, tuple(frames), tuple(runs))
+        return VisibleKV(self.chunks, self.branches, tuple(frames), tuple(as_runs(self.chunks, frames)))
 
+    def route(self, frames: Sequence[Sequence[int]], rows: Sequence[int], total: int) -> VisibleKV:
+        """The K/V of a list of frames per row, all of one length, for some rows of a batch of ``total``.
 
-@dataclass
-class VisibleKV:
-    """What one block sees of the past. Reading a layer gathers it once; rotated keys are kept for the block's steps."""
-
-    history: KVHistory
-    frames: tuple[int, ...]
-    runs: tuple[tuple[int, int, int], ...]
-    memo: dict = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.frames)
-
-    def read(self, layer: int) -> LayerKV:
-        """(k, v) of a layer: [N, frames, S, heads, head_dim], k un-rotated."""
-        parts = ([], [])
-        for c, first, last in self.runs:
-            branches = self.history.branches[c]
-            for out, tensor in zip(parts, self._chunk(c, layer), strict=True):
-                piece = tensor[:, first:last]
-                if branches > 1:
-                    piece = piece.unsqueeze(1).expand(-1, branches, *piece.shape[1:]).flatten(0, 1)
-                out.append(piece)
-        k, v = (part[0] if len(part) == 1 else torch.cat(part, dim=1) for part in parts)
-        return k, v
-
-    def rotated(self, layer: int, positions: tuple[int, ...], rotate: Callable[[Tensor], Tensor]) -> LayerKV:
-        """(k rotated at ``positions``, v); memoised, since all denoising steps of a block read the same.
-
-        Keys that carry a graph are not memoised while gradients are on: a memo would tie two backward passes
-        together, and one that was made under ``no_grad`` would cut the graph.
+        Raises KeyError as `view` does, ValueError for lists of different lengths.
         """
-        if torch.is_grad_enabled() and any(t.requires_grad for c, *_ in self.runs for t in self._chunk(c, layer)):
-            k, v = self.read(layer)
-            return rotate(k), v
-        key = (layer, positions)
-        if key not in self.memo:
-            k, v = self.read(layer)
-            self.memo[key] = (rotate(k), v)
-        return self.memo[key]
+        if len(set(map(len, frames))) != 1:
+            raise ValueError("the rows of one routed view must see equally many frames")
+        pieces = as_pieces(self.chunks, self.branches, frames)
+        chosen = None if tuple(rows) == tuple(range(total)) else tuple(rows)
+        seen = tuple(map(tuple, frames))
+        return VisibleKV(self.chunks, self.branches, seen, tuple(pieces), rows=chosen, total=total)
 
-    def _chunk(self, c: int, layer: int) -> LayerKV:
-        return self.history.chunks[c].kv[layer]
+
+def overwritten(chunk: Chunk, branches: int, offset: int, kv: Sequence[LayerKV], rows: Sequence[int] | None) -> Chunk:
+    """A chunk of the current batch, with other K/V from ``offset`` on for all rows or some; nothing is shared."""
+    layers = []
+    for old, new in zip(chunk.kv, kv, strict=True):
+        pair = []
+        for kept, put in zip(old, new, strict=True):
+            if rows is None and put.shape[1] == kept.shape[1]:
+                pair.append(put.clone())
+                continue
+            whole = kept.repeat_interleave(branches, 0)
+            which = slice(None) if rows is None else torch.tensor(rows, device=whole.device)
+            whole[which, offset : offset + put.shape[1]] = put
+            pair.append(whole)
+        layers.append(tuple(pair))
+    return Chunk(chunk.start, tuple(layers))
+
+
+def runs_of(frames: Sequence[int], block: int | None = None) -> list[range]:
+    """Ascending ids as runs of neighbours, which with ``block`` cross no block boundary."""
+    runs: list[range] = []
+    for frame in frames:
+        if runs and runs[-1].stop == frame and (block is None or frame % block):
+            runs[-1] = range(runs[-1].start, frame + 1)
+        else:
+            runs.append(range(frame, frame + 1))
+    return runs

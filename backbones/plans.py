@@ -90,14 +90,19 @@ def bidirectional_plan(frames: int) -> AttentionPlan:
 def streaming_plan(policy: HistoryPolicy, start: int, length: int) -> tuple[tuple[int, ...], AttentionPlan]:
     """The next block of a stream: (ids of the visible frames, the plan of the block behind exactly those frames)."""
     visible = policy.visible(start, length)
-    key_positions, query_positions = policy.positions(visible, start, length)
+    return visible, block_plan(*policy.positions(visible, start, length))
+
+
+def block_plan(key_positions: tuple[int, ...], query_positions: tuple[int, ...]) -> AttentionPlan:
+    """One block behind frames at ``key_positions``, itself at ``query_positions``."""
+    seen, length = len(key_positions), len(query_positions)
     segment = Segment(
         queries=tuple(range(length)),
-        keys=tuple(range(len(visible) + length)),
+        keys=tuple(range(seen + length)),
         query_positions=query_positions,
         key_positions=(*key_positions, *query_positions),
     )
-    return visible, AttentionPlan(len(visible), length, (segment,))
+    return AttentionPlan(seen, length, (segment,))
 
 
 @dataclass(frozen=True)

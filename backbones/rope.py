@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def rope_table(
-    positions: tuple[int, ...],
+    positions: tuple[int, ...] | tuple[tuple[int, ...], ...],
     height: int,
     width: int,
     head_dim: int,
@@ -22,15 +22,17 @@ def rope_table(
 ) -> Tensor:
     """e^{i φ} [frames, height·width, 1, head_dim/2] of frames at ``positions``; h and w restart per frame.
 
+    positions: one list for all rows of a batch, or one per row: then [rows, frames, …].
+
     dtype: of the real and the imaginary part, float32 or float64. Not cached: under absolute positions every block of a
     stream has tables of its own, so a cache would grow with the stream.
     """
     spatial = 2 * (head_dim // 6)
     place = _spatial_table(height, width, spatial, theta, dtype, device)
-    angle = torch.tensor(positions, dtype=torch.float64)[:, None] * _frequencies(head_dim - 2 * spatial, theta)
+    angle = torch.tensor(positions, dtype=torch.float64)[..., None] * _frequencies(head_dim - 2 * spatial, theta)
     time = torch.complex(angle.cos(), angle.sin()).to(device, dtype.to_complex(), non_blocking=True)
-    frames, size = len(positions), height * width
-    return torch.cat([time[:, None].expand(-1, size, -1), place.expand(frames, -1, -1)], dim=-1).unsqueeze(2)
+    time = time.unsqueeze(-2).expand(*time.shape[:-1], height * width, -1)
+    return torch.cat([time, place.expand(*time.shape[:-1], -1)], dim=-1).unsqueeze(-2)
 
 
 @lru_cache(maxsize=64)

@@ -8,70 +8,197 @@ history is one ``no_grad`` and saves the backward pass through it.
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from backbones.history import HistoryPolicy, KVHistory, VisibleKV
-from backbones.plans import PackedBlock, packed_plan, streaming_plan
+from backbones.history import HistoryPolicy, KVHistory, runs_of
+from backbones.plans import AttentionPlan, PackedBlock, block_plan, packed_plan, streaming_plan
+from backbones.recache import CleanPass, CleanPast, JointRecache, Recache
+from backbones.visible import LayerKV, VisibleKV
 from backbones.wan.transformer import CausalWanTransformer3DModel, TextKV, wide_dtype
 from framework.flow import expand_sigma, velocity_from_x0
 from framework.interfaces import GeneratorRecipe, StreamingGenerator
-from framework.types import Probes
+from framework.types import Probes, Visible
 
 
 @dataclass(frozen=True)
 class WanStream:
-    """The state of N clips: their committed K/V, their text K/V, and what the next block sees."""
+    """The state of N clips: their committed K/V, their text K/V, and what the next block sees.
+
+    policy: which history a block sees; a recache may move it. resident: how many recent frames stay in the history
+    beyond what the policy shows, for routed blocks. clean: the latents that a recache may read, None for a stream whose
+    prompts never switch.
+    """
 
     history: KVHistory
     text: TextKV
     batch: int
-    view: VisibleKV | None = None
-    """Memo of the visible past for the next block; all its denoising steps read the same rotated keys."""
+    policy: HistoryPolicy
+    resident: int = 0
+    clean: CleanPast | None = None
+    memo: dict = field(default_factory=dict, repr=False, compare=False)
+    """What the next block sees, by route: all its denoising steps read the same rotated keys."""
 
     @property
     def next_frame(self) -> int:
         return self.history.next_frame
 
 
+@dataclass(frozen=True)
+class Visit:
+    """Rows of a batch that see equally many frames, and what they see. rows: None for the whole batch."""
+
+    rows: Tensor | None
+    plan: AttentionPlan
+    past: VisibleKV
+    text: TextKV
+
+    def of(self, x: Tensor) -> Tensor:
+        """These rows of a batch."""
+        return x if self.rows is None else x[self.rows]
+
+
 class WanStreamingGenerator(StreamingGenerator[WanStream]):
     """The causal Wan transformer as a `StreamingGenerator`.
 
     network: the transformer. policy: which history a block sees; the same object serves rollout, replay and export.
+    recache: what a prompt switch does to the stored past, LongLive's by default.
     """
 
-    def __init__(self, network: CausalWanTransformer3DModel, recipe: GeneratorRecipe, policy: HistoryPolicy) -> None:
+    def __init__(
+        self,
+        network: CausalWanTransformer3DModel,
+        recipe: GeneratorRecipe,
+        policy: HistoryPolicy,
+        recache: Recache | None = None,
+    ) -> None:
         self.network: CausalWanTransformer3DModel = network  # pyright: ignore[reportIncompatibleVariableOverride]
         self.recipe = recipe
         self.policy = policy
+        self.recache = recache or JointRecache()
 
     @abstractmethod
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Padded text embeddings [P, L, text_dim]; rows after the prompt's length are zero."""
 
-    def open(self, prompts: Sequence[str]) -> WanStream:
-        return WanStream(KVHistory(), self.network.text_kv(self.encode_text(prompts)), len(prompts))
+    def open(self, prompts: Sequence[str], resident: int = 0, switches: bool = False) -> WanStream:
+        text = self.network.text_kv(self.encode_text(prompts))
+        return WanStream(KVHistory(), text, len(prompts), self.policy, resident, CleanPast() if switches else None)
 
     def fork(self, stream: WanStream, branches: int) -> WanStream:
-        return WanStream(stream.history.fork(branches), stream.text, stream.batch * branches)
+        history, clean = stream.history.fork(branches), stream.clean and stream.clean.fork(branches)
+        return replace(stream, history=history, batch=stream.batch * branches, clean=clean, memo={})
 
-    def predict(self, x: Tensor, sigma: float, stream: WanStream) -> Tensor:
-        visible, plan = streaming_plan(self.policy, stream.next_frame, x.shape[2])
-        if stream.view is None or stream.view.frames != visible:
-            object.__setattr__(stream, "view", stream.history.view(visible))  # a memo, not state
-        timestep = torch.full((x.shape[0],), 1000 * sigma, dtype=wide_dtype(x), device=x.device)
-        output, _ = self.network(x, timestep, stream.text, plan=plan, past=stream.view)
-        return self._velocity(output.to(x.dtype), x, torch.full((), sigma, dtype=x.dtype, device=x.device))
+    def switch(self, stream: WanStream, prompts: Sequence[str | None]) -> WanStream:
+        """Raises ValueError for another number of prompts than the stream has, for a stream that was not opened with
+        ``switches``, and where the recache moves the sink of some clips only."""
+        start, count = stream.next_frame, stream.text.prompts
+        if len(prompts) != count or stream.clean is None:
+            raise ValueError(
+                f"a switch takes one prompt (or None) for each of the {count} of a stream that was opened with "
+                f"switches=True; got {len(prompts)} for a stream with switches={stream.clean is not None}"
+            )
+        owners = [i for i, prompt in enumerate(prompts) if prompt is not None]
+        policy = self.recache.moved(stream.policy, start)
+        if len(owners) < count and policy != stream.policy:
+            raise ValueError(
+                f"{type(self.recache).__name__} moves the sink, but only {len(owners)} of {count} prompts switch at "
+                f"frame {start}; let all scenes of a rollout switch together, or set recache=JointRecache()"
+            )
+        text = self.network.text_kv(self.encode_text([prompt for prompt in prompts if prompt is not None]))
+        each = stream.batch // count
+        rows = None if len(owners) == count else [each * owner + i for owner in owners for i in range(each)]
+        history = stream.history
+        with torch.no_grad():
+            for part in self.recache.passes(stream.policy, start, self.recipe.block_frames) if start else ():
+                _, kv = self._reencode(part, history, stream.clean, text, rows)
+                for run in runs_of(part.stored):
+                    kept = slice(run.start - part.frames.start, run.stop - part.frames.start)
+                    history = history.rewrite(run.start, [(k[:, kept], v[:, kept]) for k, v in kv], rows)
+        text = text if rows is None else replaced_text(stream.text, owners, text)
+        return replace(stream, history=history, text=text, policy=policy, memo={})
 
-    def commit(self, x0: Tensor, stream: WanStream) -> WanStream:
-        visible, plan = streaming_plan(self.policy, stream.next_frame, x0.shape[2])
-        view = stream.view if stream.view is not None and stream.view.frames == visible else None
-        past = view or stream.history.view(visible)
-        timestep = torch.zeros(x0.shape[0], dtype=wide_dtype(x0), device=x0.device)
-        _, kv = self.network(x0, timestep, stream.text, plan=plan, past=past, return_kv=True)
-        return replace(stream, history=stream.history.commit(kv, self.policy), view=None)
+    def _reencode(
+        self, part: CleanPass, history: KVHistory, clean: CleanPast, text: TextKV, rows: Sequence[int] | None
+    ) -> tuple[Tensor, Sequence[LayerKV]]:
+        """(output, K/V per layer) of a clean pass over some rows, None for all, under their new text."""
+        x = clean.read(part.frames)
+        x = x if rows is None else x[torch.tensor(rows, device=x.device)]
+        batch = clean.batch
+        past = None
+        if part.past:
+            past = history.view(part.past) if rows is None else history.route([part.past] * len(rows), rows, batch)
+        return self.network(x, self._timesteps(x, 0.0), text, plan=part.plan, past=past, return_kv=True)
+
+    def predict(self, x: Tensor, sigma: float, stream: WanStream, visible: Visible | None = None) -> Tensor:
+        outputs = []
+        visits = self._visits(stream, x, visible)
+        for visit in visits:
+            part = visit.of(x)
+            time = self._timesteps(part, 1000 * sigma)
+            outputs.append(self.network(part, time, visit.text, plan=visit.plan, past=visit.past)[0])
+        output = in_row_order(visits, outputs).to(x.dtype)
+        return self._velocity(output, x, torch.full((), sigma, dtype=x.dtype, device=x.device))
+
+    def commit(self, x0: Tensor, stream: WanStream, visible: Visible | None = None) -> WanStream:
+        written = []
+        visits = self._visits(stream, x0, visible)
+        for visit in visits:
+            part = visit.of(x0)
+            time = self._timesteps(part, 0.0)
+            _, kv = self.network(part, time, visit.text, plan=visit.plan, past=visit.past, return_kv=True)
+            written.append(kv)
+        kv = [
+            (in_row_order(visits, [k for k, _ in layer]), in_row_order(visits, [v for _, v in layer]))
+            for layer in zip(*written, strict=True)
+        ]
+        history, clean = stream.history.commit(kv, stream.policy, stream.resident), stream.clean
+        if clean is not None:
+            needed = partial(self.recache.reads, stream.policy, start=history.next_frame)
+            clean = clean.append(stream.next_frame, x0, needed)
+        return replace(stream, history=history, clean=clean, memo={})
+
+    @staticmethod
+    def _timesteps(x: Tensor, timestep: float) -> Tensor:
+        return torch.full((x.shape[0],), timestep, dtype=wide_dtype(x), device=x.device)
+
+    def _visits(self, stream: WanStream, x: Tensor, visible: Visible | None) -> tuple[Visit, ...]:
+        """What each part of the batch sees of the past; one part per number of visible frames."""
+        key = (x.shape[2], None if visible is None else tuple(visible))
+        if key not in stream.memo:
+            stream.memo[key] = self._plan_visits(stream, x.shape[2], visible, x.device)
+        return stream.memo[key]
+
+    def _plan_visits(
+        self, stream: WanStream, length: int, visible: Visible | None, device: torch.device
+    ) -> tuple[Visit, ...]:
+        policy = stream.policy
+        canonical, plan = streaming_plan(policy, stream.next_frame, length)
+        if visible is None or all(frames is None for frames in visible):
+            return (Visit(None, plan, stream.history.view(canonical), stream.text),)
+        if policy != self.policy:
+            raise ValueError(
+                f"{type(self.recache).__name__} moved the sink that routes name; set recache=JointRecache() to explore "
+                f"by routing across prompt switches"
+            )
+        if len(visible) != stream.batch:
+            raise ValueError(f"visible gives frames for {len(visible)} clips, the stream holds {stream.batch}")
+        seen = [canonical if frames is None else frames for frames in visible]
+        visits = []
+        for count in sorted({len(frames) for frames in seen}):
+            rows = [row for row, frames in enumerate(seen) if len(frames) == count]
+            frames = [seen[row] for row in rows]
+            placed = [policy.positions(f, stream.next_frame, length) for f in frames]
+            past = stream.history.route(frames, rows, stream.batch)
+            if len({keys for keys, _ in placed}) > 1:
+                past.positions = tuple(keys for keys, _ in placed)
+            index = None if len(rows) == stream.batch else torch.tensor(rows, device=device)
+            text = stream.text if index is None else rows_of_text(stream.text, rows, stream.batch)
+            visits.append(Visit(index, block_plan(*placed[0]), past, text))
+        return tuple(visits)
 
     def replay(self, probes: Probes) -> Tensor:
         stream = self._replay_prefix(probes)
@@ -84,19 +211,23 @@ class WanStreamingGenerator(StreamingGenerator[WanStream]):
         stream = self.fork(stream, branches) if branches > 1 else stream
         with nullcontext() if probes.history_grad else torch.no_grad():
             history = self._encode_clean(probes, stream)
-        return self._predict_noisy(probes, history, stream.text)
+        return self._predict_noisy(probes, replace(stream, history=history))
 
     def _replay_prefix(self, probes: Probes) -> WanStream:
         """Re-roll the shared prefix from frame 0 with clean passes, once per group, with constant memory.
 
         From the second layer on, K/V depend on frames that have left the window, so encoding only the visible frames
-        would be another conditional.
+        would be another conditional. Prompts switch where they did.
         """
-        stream = self.open(probes.prompts)  # under the policy in force: text adapters train
+        scenes = [scene.on_blocks(self.recipe.block_frames) for scene in probes.scenes]
+        switches = any(0 < s.start <= probes.start for scene in scenes for s in scene.segments)
+        # texts under the policy in force, with their graph: text adapters train
+        stream = self.open([scene.prompt for scene in scenes], switches=switches)
         if probes.prefix is not None:
-            with torch.no_grad():
-                for block in probes.prefix.split(self.recipe.block_frames, dim=2):
+            for block in probes.prefix.split(self.recipe.block_frames, dim=2):
+                with torch.no_grad():
                     stream = self.commit(block, stream)
+                stream = self.follow(stream, scenes) if switches else stream
         return stream
 
     def _blocks(self, probes: Probes, streams: int) -> list[PackedBlock]:
@@ -114,25 +245,54 @@ class WanStreamingGenerator(StreamingGenerator[WanStream]):
         if not blocks:
             return stream.history
         past = stream.history.frame_ids
-        plan = packed_plan(self.policy, past, blocks, causal=True)
+        plan = packed_plan(stream.policy, past, blocks, causal=True)
         clean = probes.clean[:, :, : plan.frames]
         timestep = torch.zeros(clean.shape[0], dtype=wide_dtype(clean), device=clean.device)
         view = stream.history.view(past) if past else None
         _, kv = self.network(clean, timestep, stream.text, plan=plan, past=view, return_kv=True)
         return stream.history.commit(kv)
 
-    def _predict_noisy(self, probes: Probes, history: KVHistory, text: TextKV) -> Tensor:
+    def _predict_noisy(self, probes: Probes, stream: WanStream) -> Tensor:
+        history = stream.history
         past = history.frame_ids
         streams = probes.noisy.shape[1]
-        plan = packed_plan(self.policy, past, self._blocks(probes, streams), causal=False)
+        plan = packed_plan(stream.policy, past, self._blocks(probes, streams), causal=False)
         x = probes.noisy.transpose(1, 2).flatten(2, 3)  # [N, C, S·F, H, W]
         sigma = probes.sigma.flatten(1)
         view = history.view(past) if past else None
         widest = torch.promote_types(sigma.dtype, wide_dtype(x))  # a float64 σ is rounded once, as timestep
         timestep = (1000 * sigma.to(widest)).to(wide_dtype(x))
-        output, _ = self.network(x, timestep, text, plan=plan, past=view)
+        output, _ = self.network(x, timestep, stream.text, plan=plan, past=view)
         velocity = self._velocity(output.to(x.dtype), x, expand_sigma(sigma.to(x.dtype)))
         return velocity.unflatten(2, (streams, -1)).transpose(1, 2)
 
     def _velocity(self, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         return output if self.recipe.prediction == "velocity" else velocity_from_x0(x, output, sigma)
+
+
+def in_row_order(visits: Sequence[Visit], parts: Sequence[Tensor]) -> Tensor:
+    """What was computed for each part of a batch, as one batch."""
+    if len(parts) == 1:
+        return parts[0]
+    joined = torch.cat(list(parts))
+    return torch.empty_like(joined).index_copy_(0, torch.cat([v.rows for v in visits if v.rows is not None]), joined)
+
+
+def replaced_text(text: TextKV, prompts: Sequence[int], new: TextKV) -> TextKV:
+    """A text whose entries ``prompts`` are those of ``new``, in order."""
+
+    def put(old: Tensor, entries: Tensor) -> Tensor:
+        return old.index_copy(0, torch.tensor(prompts, device=old.device), entries)
+
+    pairs = zip(text.layers, new.layers, strict=True)
+    return TextKV(tuple((put(old[0], entry[0]), put(old[1], entry[1])) for old, entry in pairs))
+
+
+def rows_of_text(text: TextKV, rows: Sequence[int], batch: int) -> TextKV:
+    """The text of some rows of a batch; shared per prompt where every prompt keeps equally many of its rows."""
+    each = batch // text.prompts
+    owners = [row // each for row in rows]
+    counts = {owners.count(prompt) for prompt in range(text.prompts)}
+    if len(counts) == 1 and owners == sorted(owners):
+        return text
+    return TextKV(tuple((k[owners], v[owners]) for k, v in text.layers))

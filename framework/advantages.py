@@ -74,8 +74,11 @@ def resolve_weights(weights: Mapping[str, float] | None, names: Sequence[str]) -
     if weights is None:
         return dict.fromkeys(names, 1.0)
     unknown = [name for name in weights if name not in names]
-    if not weights:
-        raise ValueError(f"weights is empty; name at least one of the reward signals {list(names)}, or leave it None")
+    if not any(weights.values()):
+        raise ValueError(
+            f"weights {dict(weights)} weigh nothing; give one of the signals {list(names)} a weight other than 0, "
+            f"or leave it None"
+        )
     if unknown:
         raise ValueError(f"weights name the reward signals {unknown}, but the reward gives {list(names)}")
     return dict(weights)
@@ -179,9 +182,46 @@ def per_reward_centred(
     return centre(weighted_sum(scaled, weights), groups, valid) / sum(abs(w) for w in weights.values())
 
 
-def astrolabe_released(values: Tensor, groups: Tensor, eps: float = 1e-4) -> Tensor:
-    """centre(r) / (population std of ALL raw r + eps): the released rule, kept for parity tests."""
-    return centre(values, groups) / (batch_std(values) + eps)
+@dataclass(frozen=True)
+class PrimaryOnly(AdvantageRule):
+    """A = clip(centre(r) / max(std_batch(centre(r)), floor)) of one signal: the advantage of Astrolabe's Algorithm 1.
+
+    The other signals are left to a regularizer such as a selective KL; where one of them failed the clip still learns.
+    """
+
+    primary: str
+    std_floor: float = 1e-4
+    clip: float | None = 5.0
+
+    def __call__(self, scores: Scores, groups: Tensor, anchors: Tensor | None = None) -> Advantage:
+        weights = resolve_weights({self.primary: 1.0}, list(scores.values))
+        values, valid = widened(scores, weights, anchors)
+        total = per_reward_centred(values, weights, groups, self.std_floor, valid)
+        return finish(total, valid, groups, self.clip, values[self.primary])
+
+
+@dataclass(frozen=True)
+class SumFirst(AdvantageRule):
+    """A = clip(centre(R) / (std_batch(R) + eps)), R = Σ_k w_k r_k of the raw scores: as Astrolabe is released.
+
+    The signal with the largest raw scale decides, and so does the difficulty of the prompts, which is in the deviation.
+    `GroupCentred` is the same without the deviation, `PerRewardCentred` has neither.
+    """
+
+    weights: Mapping[str, float] | None = None
+    eps: float = 1e-4
+    clip: float | None = 5.0
+
+    def __call__(self, scores: Scores, groups: Tensor, anchors: Tensor | None = None) -> Advantage:
+        weights = resolve_weights(self.weights, list(scores.values))
+        values, valid = widened(scores, weights, anchors)
+        raw = weighted_sum(values, weights)
+        return finish(astrolabe_released(raw, groups, self.eps, valid), valid, groups, self.clip, raw)
+
+
+def astrolabe_released(values: Tensor, groups: Tensor, eps: float = 1e-4, valid: Tensor | None = None) -> Tensor:
+    """centre(r) / (population std of ALL raw r + eps): the released rule."""
+    return centre(values, groups, valid) / (batch_std(values, valid) + eps)
 
 
 def flow_grpo_released(values: Tensor, groups: Tensor, eps: float = 1e-4) -> Tensor:

@@ -13,7 +13,7 @@ mean over *elements* is 1, which leaves the size of the loss and the meaning of 
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -137,7 +137,7 @@ class Mode(BlockWeights):
         return 1 - (low + high) / 2
 
 
-def _density_of_blocks(frames: Sequence[int], cdf) -> list[float]:
+def _density_of_blocks(frames: Sequence[int], cdf: Callable[[float], float]) -> list[float]:
     """(cdf(p_j) − cdf(p_{j+1})) / (p_j − p_{j+1}), p_{T+1} = 0."""
     edges = (*participation(frames), 0.0)
     return [max(0.0, cdf(high) - cdf(low)) / (high - low) for high, low in pairwise(edges)]

@@ -3,12 +3,12 @@
 import argparse
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from framework import __version__
-from framework.config.registry import ConfigError, Registry, did_you_mean, first_sentence, interface, one_line
+from framework.config.registry import ConfigError, Part, Registry, did_you_mean, first_sentence, interface, one_line
 from framework.config.signatures import EMPTY, spell
 
 COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -28,6 +28,10 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
         "make a few-step streaming generator to start from",
         ("output_dir", "resume", "seed"),
     ),
+    "distill": (
+        "make a few-step student of a teacher on the student's own rollouts",
+        ("output_dir", "max_steps", "seed", "device", "resume", "dry_run"),
+    ),
 }
 """What a command does, and the parameters of its function that have a flag of their own."""
 
@@ -42,6 +46,9 @@ FLAGS: dict[str, dict] = {
     "prompts": {"metavar": "TEXT", "action": "append", "help": "what to show (repeatable)"},
     "prompt_file": {"metavar": "FILE", "help": "text file with one prompt per line"},
 }
+
+COMPARE_FLAGS = ("arms", "output_dir", "seeds", "samples", "parallel", "device")
+"""Parameters of `compare` that have a flag of their own."""
 
 PACKAGES = ("framework", "strategies", "backbones", "rewards", "configs")
 
@@ -86,13 +93,49 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         for parameter in flags:
             command.add_argument(flag_of(parameter), dest=parameter, default=None, **FLAGS[parameter])
+    add_compare(commands)
     listing = commands.add_parser("list", help="show the parts and the packaged configurations", allow_abbrev=False)
-    listing.add_argument("name", nargs="?", help="show one part with its parameters, e.g. nft.NFT")
+    what = listing.add_mutually_exclusive_group()
+    what.add_argument("name", nargs="?", help="show one part with its parameters, e.g. nft.NFT")
+    what.add_argument("--compat", action="store_true", help="show which parts fit together, and why the others do not")
     listing.add_argument(
         "--plugin", action="append", default=[], metavar="MODULE", help="show the parts of this module too"
     )
     listing.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+def add_compare(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    """The one command that is configured by several files at once, and so by flags alone."""
+    purpose = "train several configurations with several seeds and report them side by side"
+    compare = commands.add_parser("compare", help=purpose, description=purpose, allow_abbrev=False)
+    compare.add_argument(
+        "--arms", nargs="+", required=True, metavar="FILE",
+        help="configurations of `armillary train`, packaged or yours; NAME=FILE names an arm",
+    )  # fmt: skip
+    compare.add_argument(
+        "--output_dir", required=True, metavar="FOLDER", help="folder of all runs; finished ones are kept"
+    )
+    compare.add_argument("--seeds", type=int, default=3, metavar="N", help="runs per arm (default 3)")
+    compare.add_argument("--samples", type=int, metavar="N", help="training clips of every run")
+    compare.add_argument("--parallel", type=int, default=1, metavar="N", help="runs at a time, one thread each")
+    compare.add_argument("--device", default="cpu", metavar="NAME", help="torch device, e.g. cpu or cuda")
+    compare.add_argument(
+        "--gin_param", "--gin_bindings", action="append", default=[], metavar="BINDING",
+        help="one gin line for every arm (repeatable)",
+    )  # fmt: skip
+    compare.add_argument(
+        "--plugin", action="append", default=[], metavar="MODULE", help="module or .py file with parts of yours"
+    )
+    compare.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def run_compare(options: argparse.Namespace) -> None:
+    """Train, judge and report the arms."""
+    from framework.commands.compare import compare
+
+    flags = {name: getattr(options, name) for name in COMPARE_FLAGS}
+    compare(**flags, gin_params=options.gin_param, plugins=options.plugin)
 
 
 def flag_of(parameter: str) -> str:
@@ -108,14 +151,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options, unknown = parser.parse_known_args(argv)
     if unknown:
-        flags = COMMANDS[options.command][1] if options.command in COMMANDS else ()
+        flags = COMPARE_FLAGS if options.command == "compare" else COMMANDS.get(options.command, ("", ()))[1]
         known = ["--gin_file", "--gin_param", "--plugin", "--debug", *map(flag_of, flags)]
         near = did_you_mean(unknown[0].split("=")[0], known)
         parser.error(f"{options.command}: unrecognized argument {unknown[0]!r}{near}")
     try:
         refuse_shadowed_packages()
         if options.command == "list":
-            show_list(options.name, options.plugin)
+            show_list(options.name, options.plugin, options.compat)
+        elif options.command == "compare":
+            run_compare(options)
         else:
             run_command(options)
         return 0
@@ -170,8 +215,8 @@ def refuse_shadowed_packages() -> None:
             raise ConfigError(f"armillary needs its package {name!r} but finds {found}; rename that file or folder")
 
 
-def show_list(name: str | None, plugins: Sequence[str]) -> None:
-    """Print the parts by the interface they implement, or one part with its parameters."""
+def show_list(name: str | None, plugins: Sequence[str], compat: bool = False) -> None:
+    """Print the parts by the interface they implement, one part with its parameters, or which parts fit together."""
     registry = Registry()
     for plugin in plugins:
         registry.add_plugin(plugin)
@@ -182,9 +227,21 @@ def show_list(name: str | None, plugins: Sequence[str]) -> None:
             default = "required" if parameter.default is EMPTY else f"default {parameter.default!r}"
             print(f"  {part.name}.{parameter.name}: {spell(parameter.annotation)} ({default})")
         return
+    parts, broken = registry.offered()
+    if compat:
+        from framework.compatibility_table import compatibility_table
+
+        print(compatibility_table(parts))
+    else:
+        show_parts(parts)
+    for problem in broken:
+        print(f"armillary: warning: {problem}", file=sys.stderr)
+
+
+def show_parts(parts: Mapping[str, Part]) -> None:
+    """Print parts by the interface they implement, and the packaged configurations."""
     from framework.config.load import packaged_configs
 
-    parts, broken = registry.offered()
     groups: dict[str, list[str]] = {}
     width = max((len(part) for part in parts), default=0)
     for part in sorted(parts):
@@ -194,5 +251,3 @@ def show_list(name: str | None, plugins: Sequence[str]) -> None:
     for title in sorted(groups, key=lambda title: (title == "Other parts", title)):
         print("\n".join([title, *groups[title], ""]))
     print("\n".join(["Packaged configurations (--gin_file)", *(f"  {path}" for path in packaged_configs())]))
-    for problem in broken:
-        print(f"armillary: warning: {problem}", file=sys.stderr)

@@ -1,9 +1,12 @@
 """Which parts fit together: everything a part reads must have been written upstream."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
-from framework.interfaces import AdvantageRule, ExplorationStrategy, Regularizer, SurrogatePolicy
+from framework.interfaces import AdvantageRule, ExplorationStrategy, Regularizer, RewardModel, SurrogatePolicy
+from framework.policies import REFERENCE
 from framework.records import Record
+from framework.reference import ReferenceSchedule
 
 
 class IncompatibleRecipe(ValueError):
@@ -16,25 +19,90 @@ def missing_records(reads: Iterable[type[Record]], written: Iterable[type[Record
     return sorted((r for r in reads if not any(issubclass(w, r) for w in written)), key=lambda r: r.__name__)
 
 
+@dataclass(frozen=True)
+class Gap:
+    """Records that a part reads and nobody before it writes; as text, the reason for a refusal in one line.
+
+    writers: who could have written them, and what each of them does write.
+    """
+
+    reader: str
+    missing: tuple[type[Record], ...]
+    writers: tuple[tuple[str, frozenset[type[Record]]], ...]
+
+    def __str__(self) -> str:
+        wanted = " and ".join(f"{record.__name__} ({_meaning(record)})" for record in self.missing)
+        offers = " and ".join(f"{writer} writes {_named(written)}" for writer, written in self.writers)
+        return f"{self.reader} reads {wanted}, but {offers}"
+
+
+def surrogate_gap(exploration: ExplorationStrategy, surrogate: SurrogatePolicy) -> Gap | None:
+    """What a rollout lacks for the surrogate; None where they fit."""
+    return _gap(surrogate, surrogate.reads, (_how(exploration), exploration.writes()))
+
+
+def advantage_gap(exploration: ExplorationStrategy, advantage: AdvantageRule) -> Gap | None:
+    """What a rollout lacks for the advantage rule; None where they fit."""
+    return _gap(advantage, advantage.reads, (_how(exploration), exploration.writes()))
+
+
+def regularizer_gap(
+    exploration: ExplorationStrategy, surrogate: SurrogatePolicy, regularizer: Regularizer
+) -> Gap | None:
+    """What surrogate and rollout lack for the regularizer; None where they fit."""
+    learned = (type(surrogate).__name__, surrogate.writes)
+    return _gap(regularizer, regularizer.reads, learned, (_how(exploration), exploration.writes()))
+
+
 def check_recipe(
     exploration: ExplorationStrategy, surrogate: SurrogatePolicy, advantage: AdvantageRule, regularizer: Regularizer
 ) -> frozenset[type[Record]]:
     """The record types a rollout has to keep. Raises IncompatibleRecipe with the reason in one line."""
-    rolled, learned = exploration.writes(), surrogate.writes
-    for part, reads, written, writer in (
-        (surrogate, surrogate.reads, rolled, exploration),
-        (advantage, advantage.reads, rolled, exploration),
-        (regularizer, regularizer.reads, rolled | learned, surrogate),
+    for gap in (
+        surrogate_gap(exploration, surrogate),
+        advantage_gap(exploration, advantage),
+        regularizer_gap(exploration, surrogate, regularizer),
     ):
-        for record in missing_records(reads, written):
-            meaning = (record.__doc__ or "").strip().split("\n")[0].rstrip(".")
-            raise IncompatibleRecipe(
-                f"{type(part).__name__} reads {record.__name__} ({meaning}), but {type(writer).__name__} "
-                f"{_how(writer)}writes only {', '.join(sorted(w.__name__ for w in written)) or 'nothing'}"
-            )
-    return frozenset(surrogate.reads | advantage.reads | (regularizer.reads - learned))
+        if gap is not None:
+            raise IncompatibleRecipe(str(gap))
+    return frozenset(surrogate.reads | advantage.reads | (regularizer.reads - surrogate.writes))
 
 
-def _how(writer: ExplorationStrategy | SurrogatePolicy) -> str:
-    """The setting that decides what an exploration writes."""
-    return f"with kernel {type(writer.kernel).__name__} " if isinstance(writer, ExplorationStrategy) else ""
+def check_signals(regularizer: Regularizer, reward: RewardModel) -> None:
+    """Raises IncompatibleRecipe for a reward signal that the regularizer reads and the reward does not give."""
+    missing = sorted(regularizer.signals - set(reward.signals))
+    if missing:
+        raise IncompatibleRecipe(
+            f"{type(regularizer).__name__} reads the reward signals {missing}, but {type(reward).__name__} gives "
+            f"{list(reward.signals)}"
+        )
+
+
+def check_reference(schedule: ReferenceSchedule, surrogate: SurrogatePolicy, regularizer: Regularizer) -> None:
+    """Raises IncompatibleRecipe where the reference is to move by a distance that nobody measures."""
+    missing = missing_records(schedule.reads, surrogate.writes)
+    if missing or (schedule.reads and REFERENCE not in surrogate.views | regularizer.views):
+        read = ", ".join(sorted(record.__name__ for record in schedule.reads))
+        raise IncompatibleRecipe(
+            f"the reference schedule {type(schedule).__name__} reads {read}, which {type(surrogate).__name__} with "
+            f"{type(regularizer).__name__} does not measure; choose a regularizer that reads the reference's view"
+        )
+
+
+def _gap(part: object, reads: Iterable[type[Record]], *writers: tuple[str, frozenset[type[Record]]]) -> Gap | None:
+    missing = missing_records(reads, frozenset[type[Record]]().union(*(written for _, written in writers)))
+    return Gap(type(part).__name__, tuple(missing), writers) if missing else None
+
+
+def _how(exploration: ExplorationStrategy) -> str:
+    """An exploration and the setting that decides what it writes."""
+    return f"{type(exploration).__name__} with kernel {type(exploration.kernel).__name__}"
+
+
+def _meaning(record: type[Record]) -> str:
+    return (record.__doc__ or "").strip().split("\n")[0].rstrip(".")
+
+
+def _named(written: Iterable[type[Record]]) -> str:
+    names = sorted(record.__name__ for record in written)
+    return f"only {', '.join(names)}" if names else "nothing"

@@ -1,19 +1,19 @@
 """Held-out evaluation: fixed scenes, fixed noise per (seed, scene, member), so two policies are compared in pairs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from framework.data.scenes import SceneSource
-from framework.interfaces import ControlVideos, RewardModel, StreamingGenerator
+from framework.interfaces import ControlVideos, GeneratorRecipe, RewardModel, StreamingGenerator
 from framework.kernels import Consistency, TransitionKernel
 from framework.records import Endpoints
 from framework.reporting.progress import progress
 from framework.rng import derive_seed
 from framework.rollout import roll_out
-from framework.types import BranchPlan, GroupPlan, Scene, Scores, Tape, VideoBatch
+from framework.types import BranchPlan, GroupPlan, Scene, Scores, Tape, VideoBatch, Window
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,18 @@ class EvaluationResult:
 class HeldOut:
     """How a run is judged: scenes that RL never sees, a reward of its own, and fixed noise.
 
-    members: clips per scene. seed: of the evaluation noise, apart from the run's seed so that all runs are judged on
-    the same clips. every: also evaluate every so many steps (0: only before and after). clips_per_batch: a throughput
-    knob that changes no result. controls: videos of known quality whose scores are printed beside every result.
+    members: clips per scene. blocks: judged of a clip, None for the recipe's clip length. first_block: where the judged
+    window starts in the stream; what comes before it is generated but neither decoded nor scored. seed: of the
+    evaluation noise, apart from the run's seed so that all runs are judged on the same clips. every: also evaluate
+    every so many steps (0: only before and after). clips_per_batch: a throughput knob that changes no result.
+    controls: videos of known quality whose scores are printed beside every result.
     """
 
     scenes: SceneSource
     reward: RewardModel
     members: int = 8
+    blocks: int | None = None
+    first_block: int = 0
     seed: int = 20260
     every: int = 0
     clips_per_batch: int = 48
@@ -49,22 +53,38 @@ class HeldOut:
     def __post_init__(self) -> None:
         if len(self.scenes.scenes()) < 2:
             raise ValueError("HeldOut.scenes needs at least 2 scenes: intervals are clustered by scene")
-        if self.members < 1 or self.clips_per_batch < 1 or self.every < 0:
-            raise ValueError(
-                f"HeldOut.members and clips_per_batch must be at least 1 and every at least 0, got {self.members}, "
-                f"{self.clips_per_batch}, {self.every}"
-            )
+        for name, low in (("members", 1), ("clips_per_batch", 1), ("every", 0), ("first_block", 0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"HeldOut.{name} must be at least {low}, got {getattr(self, name)}")
 
     def judge(self, generator: StreamingGenerator, description: str = "evaluating") -> EvaluationResult:
         """Evaluate the policy in force."""
         return evaluate_policy(
-            generator, self.reward, self.scenes.scenes(), self.members, self.seed,
+            generator, self.reward, self.scenes.scenes(), self.members, self.seed, self.blocks, self.first_block,
             clips_per_batch=self.clips_per_batch, description=description,
         )  # fmt: skip
 
 
-def evaluation_plans(scenes: Sequence[Scene], members: int, seed: int, blocks: int) -> list[GroupPlan]:
-    """One group per scene; the noise of a member depends on (seed, scene key, member) alone."""
+def evaluation_plans(
+    scenes: Sequence[Scene], members: int, seed: int, blocks: int, first_block: int = 0
+) -> list[GroupPlan]:
+    """One group per scene; the noise of a member depends on (seed, scene key, member) alone.
+
+    With blocks before the window every member is a group of its own: each has its own past, from its own noise.
+    """
+    if first_block:
+        return [
+            GroupPlan(
+                group=i * members + m,
+                scene=scene,
+                first_block=first_block,
+                blocks=blocks,
+                prefix_seed=derive_seed(seed, "evaluation-prefix", scene.key, m),
+                branches=(BranchPlan(derive_seed(seed, "evaluation", scene.key, m)),),
+            )
+            for i, scene in enumerate(scenes)
+            for m in range(members)
+        ]
     return [
         GroupPlan(
             group=i,
@@ -79,10 +99,24 @@ def evaluation_plans(scenes: Sequence[Scene], members: int, seed: int, blocks: i
 
 
 def decode_tape(generator: StreamingGenerator, tape: Tape) -> VideoBatch:
-    """What a viewer sees of the windows of a tape, judged by each scene's prompts."""
+    """What a viewer sees of the windows of a tape, judged by each scene's prompts, every one on its own span."""
     ends = tape[Endpoints]
     pixels = generator.decode(ends.latents, ends.prefix)
-    return VideoBatch.from_signed(pixels, generator.recipe.fps, [scene.prompt for scene in tape.scenes])
+    videos = VideoBatch.from_signed(pixels, generator.recipe.fps, [scene.prompt for scene in tape.scenes])
+    frames = ends.latents.shape[2]
+    windows = tuple(segment_windows(scene, ends.start, frames, generator.recipe) for scene in tape.scenes)
+    return replace(videos, windows=windows)
+
+
+def segment_windows(scene: Scene, start: int, frames: int, recipe: GeneratorRecipe) -> tuple[Window, ...]:
+    """What each segment of a scene shows of the latent frames [start, start + frames), in pixel frames of that span."""
+    stops = [segment.start for segment in scene.segments[1:]] + [start + frames]
+    offset = recipe.pixels_before(start)
+    return tuple(
+        Window(recipe.pixels_before(first) - offset, recipe.pixels_before(last) - offset, segment.prompt)
+        for segment, stop in zip(scene.segments, stops, strict=True)
+        if (first := max(segment.start, start)) < (last := min(stop, start + frames))
+    )
 
 
 @torch.no_grad()
@@ -93,13 +127,15 @@ def evaluate_policy(
     members: int,
     seed: int,
     blocks: int | None = None,
+    first_block: int = 0,
     kernel: TransitionKernel | None = None,
     clips_per_batch: int = 48,
     description: str = "evaluating",
 ) -> EvaluationResult:
     """Generate ``members`` clips per scene under the policy in force and score them. Equal for any batch size."""
-    plans = evaluation_plans(scenes, members, seed, generator.recipe.clip_blocks if blocks is None else blocks)
-    per_batch = max(1, clips_per_batch // members)
+    blocks = generator.recipe.clip_blocks if blocks is None else blocks
+    plans = evaluation_plans(scenes, members, seed, blocks, first_block)
+    per_batch = max(1, clips_per_batch // members) * (len(plans) // len(scenes))
     batches: list[Scores] = []
     shown: list[VideoBatch] = []
     for first in progress(range(0, len(plans), per_batch), description):

@@ -21,6 +21,7 @@ from framework.schedules import FewStepSchedule
 from framework.types import (
     Advantage,
     GroupPlan,
+    Marks,
     Objective,
     Probes,
     Scene,
@@ -29,6 +30,7 @@ from framework.types import (
     Tape,
     VideoBatch,
     Views,
+    Visible,
 )
 
 
@@ -38,6 +40,7 @@ class GeneratorRecipe:
 
     block_frames: latent frames denoised together. clip_blocks: blocks of a training clip. latent: (C, H, W).
     schedule: the sampler's σ grid. prediction: what the network outputs, "velocity" or "x0". fps: of decoded video.
+    temporal_stride: pixel frames per latent frame; the first latent frame of a stream is one pixel frame all the same.
     name: for logs and weight files.
     """
 
@@ -48,6 +51,16 @@ class GeneratorRecipe:
     schedule: FewStepSchedule
     prediction: str = "velocity"
     fps: float = 16.0
+    temporal_stride: int = 1
+
+    @property
+    def latent_fps(self) -> float:
+        """Latent frames per second."""
+        return self.fps / self.temporal_stride
+
+    def pixels_before(self, frame: int) -> int:
+        """Pixel frames of a stream before latent frame ``frame``: 0, 1, 1 + stride, 1 + 2 stride, …"""
+        return 1 + self.temporal_stride * (frame - 1) if frame > 0 else 0
 
     def __post_init__(self) -> None:
         if self.prediction not in ("velocity", "x0"):
@@ -79,16 +92,36 @@ class StreamingGenerator(ABC, Generic[S]):
     """The module that adapters are put on and gradients reach."""
 
     @abstractmethod
-    def open(self, prompts: Sequence[str]) -> S:
-        """An empty stream per prompt. Its text keys belong to the policy in force now."""
+    def open(self, prompts: Sequence[str], resident: int = 0, switches: bool = False) -> S:
+        """An empty stream per prompt. Its text keys belong to the policy in force now.
+
+        resident: how many recent frames stay addressable beyond what the history policy shows. switches: whether
+        `switch` may be called later, for which a stream keeps the clean latents that it needs.
+        """
 
     @abstractmethod
-    def predict(self, x: Tensor, sigma: float, stream: S) -> Tensor:
-        """Velocity [N, C, f, H, W] of the next block at one noise level; the stream is not changed."""
+    def switch(self, stream: S, prompts: Sequence[str | None]) -> S:
+        """The stream under new prompts, its recent history re-encoded under them where the generator does that.
+
+        prompts: one per prompt of the stream, None where it stays; the clips of those are unchanged, bit for bit.
+        """
+
+    def follow(self, stream: S, scenes: Sequence[Scene]) -> S:
+        """The stream once the segments that start at its next frame are in force; scenes: as `Scene.on_blocks` cuts."""
+        prompts = [scene.switch_at(stream.next_frame) for scene in scenes]
+        return stream if all(prompt is None for prompt in prompts) else self.switch(stream, prompts)
 
     @abstractmethod
-    def commit(self, x0: Tensor, stream: S) -> S:
-        """The stream with a clean block [N, C, f, H, W] appended."""
+    def predict(self, x: Tensor, sigma: float, stream: S, visible: Visible | None = None) -> Tensor:
+        """Velocity [N, C, f, H, W] of the next block at one noise level; the stream is not changed.
+
+        visible: per clip, the frames to see in place of what the policy shows. Raises KeyError for a frame that is no
+        longer resident.
+        """
+
+    @abstractmethod
+    def commit(self, x0: Tensor, stream: S, visible: Visible | None = None) -> S:
+        """The stream with a clean block [N, C, f, H, W] appended, encoded behind the frames of ``visible``."""
 
     @abstractmethod
     def fork(self, stream: S, branches: int) -> S:
@@ -138,8 +171,11 @@ class SurrogatePolicy(ABC):
     """Policies whose velocities `statistics` reads; others are never computed."""
     coupled: ClassVar[bool] = False
     """Whether a clip's loss depends on its siblings' statistics; then whole groups are gathered before `objective`."""
-    fixed_probes: ClassVar[bool] = False
-    """Whether every update of a rollout asks at the same places; then the frozen policies are asked once a rollout."""
+
+    @property
+    def fixed_probes(self) -> bool:
+        """Whether every update of a rollout asks at the same places; then frozen policies are asked once a rollout."""
+        return False
 
     @abstractmethod
     def probes(self, tape: Tape, recipe: GeneratorRecipe, streams: Streams) -> Iterator[Probes]:
@@ -202,13 +238,30 @@ class Regularizer(ABC):
     reads: ClassVar[frozenset[type[Record]]] = frozenset()
     views: ClassVar[frozenset[str]] = frozenset()
 
-    def prepare(self, scores: Scores, groups: Tensor) -> Tensor | None:
-        """Once per rollout: per-clip marks [N] such as the selective mask, handed back to `penalty` for its clips."""
+    @property
+    def signals(self) -> frozenset[str]:
+        """Reward signals that `prepare` reads."""
+        return frozenset()
+
+    def prepare(self, scores: Scores, groups: Tensor, anchors: Tensor | None = None) -> Marks | None:
+        """Once per rollout: per-clip marks such as the selective mask, handed back to `penalty` for its clips.
+
+        Scores are those of all clips of the step. Anchors and clips with a failed score are never marked.
+        """
         return None
 
     @abstractmethod
     def penalty(self, objective: Objective, marks: Tensor | None) -> Tensor:
         """Per-clip penalty [N], already weighted, added to the objective's per-clip loss."""
+
+    def state_dict(self) -> dict:
+        """What `prepare` remembers from step to step; empty for most."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from `state_dict`."""
+        if state:
+            raise ValueError(f"{type(self).__name__} remembers nothing, but the state to load has {sorted(state)}")
 
 
 class Schedule(ABC):
@@ -252,3 +305,29 @@ class PretrainingStage(ABC):
     @abstractmethod
     def load_state_dict(self, state: dict) -> None:
         """Continue from `state_dict`; called after `begin`."""
+
+
+class DistributionGradient(ABC):
+    """Where a distilled student is to move, from two predictions at its noised output."""
+
+    @abstractmethod
+    def __call__(self, x0: Tensor, critic_x0: Tensor, teacher_x0: Tensor) -> Tensor:
+        """dl/dx̂ of the student's x̂0 [N, …], before block weights and the mean; all of one shape, no graph."""
+
+
+class ScoreLevels(ABC):
+    """Noise levels at which critic and teacher are asked about a clip."""
+
+    @abstractmethod
+    def draw(self, clips: int, blocks: int, shift: float, random: torch.Generator) -> Tensor:
+        """σ of every block [clips, 1, blocks]; ``shift``: the generator's."""
+
+
+class StudentHistory(ABC):
+    """The clean past that a student is asked behind while it is distilled, with the prompts it belongs to."""
+
+    @abstractmethod
+    def draw(
+        self, count: int, step: int, recipe: GeneratorRecipe, streams: Streams
+    ) -> tuple[tuple[str, ...], Tensor | None]:
+        """(count prompts, clean clips [count, C, F, H, W] to stand before the blocks; None: the student's own)."""

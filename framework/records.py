@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from framework.flow import velocity_distance
+from framework.kernels import TransitionKernel
 
 
 class Record:
@@ -56,6 +57,7 @@ class Transitions(Record):
     states: Tensor  # [N, K, C, F, H, W], x at level σ_k
     next_states: Tensor  # [N, K, C, F, H, W], x at level σ_{k+1}
     grid: tuple[tuple[float, float], ...]  # the K pairs (σ, σ')
+    kernel: TransitionKernel  # whose steps these are
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,24 @@ branches of all groups run as one batch; the prefix of a group is generated once
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from framework.interfaces import GeneratorRecipe, Stream, StreamingGenerator
 from framework.kernels import TransitionKernel
-from framework.records import Endpoints, OnPolicyTransitions, Predictions, Record
+from framework.records import (
+    Anchors,
+    Displacements,
+    Endpoints,
+    OnPolicyTransitions,
+    Predictions,
+    Record,
+    Transitions,
+)
 from framework.rng import derive_seed, draw_noise
-from framework.types import GroupPlan, Tape
+from framework.types import GroupPlan, Route, Scene, Tape, Visible
 
 
 @dataclass(frozen=True)
@@ -34,13 +42,22 @@ def noise_count(kernel: TransitionKernel, recipe: GeneratorRecipe) -> int:
     return 1 + sum(kernel.std(*pair) > 0 for pair in recipe.schedule.transitions)
 
 
-def denoise_block(generator: StreamingGenerator, stream: Stream, noise: Tensor, kernel: TransitionKernel) -> BlockTrace:
-    """Sample one block from noise [N, 1 + draws, C, f, H, W] behind a stream; the stream is not changed."""
+def denoise_block(
+    generator: StreamingGenerator,
+    stream: Stream,
+    noise: Tensor,
+    kernel: TransitionKernel,
+    routes: Sequence[Route | None] = (),
+) -> BlockTrace:
+    """Sample one block from noise [N, 1 + draws, C, f, H, W] behind a stream; the stream is not changed.
+
+    routes: per clip, the history it is shown at the steps that the route names; empty for none.
+    """
     transitions = generator.recipe.schedule.transitions
     x = transitions[0][0] * noise[:, 0]
     states, velocities, drawn = [x], [], 0
-    for sigma, sigma_next in transitions:
-        velocity = generator.predict(x, sigma, stream)
+    for k, (sigma, sigma_next) in enumerate(transitions):
+        velocity = generator.predict(x, sigma, stream, visible_at(routes, stream.next_frame, k))
         draws = kernel.std(sigma, sigma_next) > 0
         drawn += draws
         x = kernel.step(x, velocity, sigma, sigma_next, noise[:, drawn] if draws else None)
@@ -49,18 +66,36 @@ def denoise_block(generator: StreamingGenerator, stream: Stream, noise: Tensor, 
     return BlockTrace(tuple(states), tuple(velocities))
 
 
+def visible_at(routes: Sequence[Route | None], start: int, step: int | None) -> Visible | None:
+    """What each clip's block at ``start`` sees in place of the canonical history; step None is the clean pass."""
+    seen = [
+        r.visible(start) if r is not None and (r.clean_write if step is None else r.steps[step]) else None
+        for r in routes
+    ]
+    return None if all(frames is None for frames in seen) else seen
+
+
 def generate_blocks(
-    generator: StreamingGenerator, stream: Stream, noise: Tensor, kernel: TransitionKernel
+    generator: StreamingGenerator,
+    stream: Stream,
+    noise: Tensor,
+    kernel: TransitionKernel,
+    routes: Sequence[Route | None] = (),
+    scenes: Sequence[Scene] = (),
 ) -> Iterator[BlockTrace]:
     """Continue a stream over noise [N, 1 + draws, C, F, H, W], block by block.
 
-    The last block is not committed: nobody sees it.
+    routes: per clip, what its first blocks see in place of the canonical history. scenes: per prompt of the stream, cut
+    on blocks; their switches after the first block are followed, one at the first block is the caller's, who may do it
+    before a fork. The last block is not committed: nobody sees it.
     """
     blocks = noise.split(generator.recipe.block_frames, dim=3)
     for i, block_noise in enumerate(blocks):
-        trace = denoise_block(generator, stream, block_noise, kernel)
+        stream = generator.follow(stream, scenes) if i else stream
+        routed = [route if route is not None and i < route.blocks else None for route in routes]
+        trace = denoise_block(generator, stream, block_noise, kernel, routed)
         if i < len(blocks) - 1:
-            stream = generator.commit(trace.x0, stream)
+            stream = generator.commit(trace.x0, stream, visible_at(routed, stream.next_frame, None))
         yield trace
 
 
@@ -74,22 +109,26 @@ def roll_out(
     """Generate every branch of every plan under the policy in force.
 
     All plans must share their window and group size. Noise depends on the plans' seeds alone, so a clip is the same
-    in any batch (up to the rounding of batched matrix products). keep: the record types to write.
+    in any batch (up to the rounding of batched matrix products). keep: the record types to write. A prompt switches
+    with the first block at or after its frame, in each plan at its own; the tape's scenes say where it took effect.
     """
+    plans = [replace(plan, scene=plan.scene.on_blocks(generator.recipe.block_frames)) for plan in plans]
     first, blocks, branches = plans[0].first_block, plans[0].blocks, len(plans[0].branches)
     if any((p.first_block, p.blocks, len(p.branches)) != (first, blocks, branches) for p in plans):
         raise ValueError("the plans of one rollout must share their window and their group size")
-    recipe = generator.recipe
     trunk, prefix = generate_prefix(generator, plans, kernel)
     stream = generator.fork(trunk, branches)
-    seeds = [branch.noise_seed for plan in plans for branch in plan.branches]
-    noise = draw_noise(seeds, noise_shape(generator, kernel, blocks), device_of(generator))
-    path_asked = any(issubclass(kind, tuple(keep)) for kind in (Predictions, OnPolicyTransitions))
+    rows = [branch for plan in plans for branch in plan.branches]
+    noise = draw_noise([row.noise_seed for row in rows], noise_shape(generator, kernel, blocks), device_of(generator))
+    path_asked = any(issubclass(kind, tuple(keep)) for kind in (Displacements, OnPolicyTransitions))
+    routes = [row.route for row in rows]
     traces = [
         trace if path_asked else BlockTrace((trace.x0,), ())
-        for trace in generate_blocks(generator, stream, noise, kernel)
+        for trace in generate_blocks(
+            generator, stream, noise, kernel, routes if any(routes) else (), [plan.scene for plan in plans]
+        )
     ]
-    return Tape(tuple(plans), dict(_write(traces, prefix, first * recipe.block_frames, recipe, keep)))
+    return Tape(tuple(plans), dict(_write(traces, prefix, plans, generator.recipe, kernel, keep)))
 
 
 def generate_prefix(
@@ -97,11 +136,14 @@ def generate_prefix(
 ) -> tuple[Stream, Tensor | None]:
     """(the stream after the shared blocks of each plan, their latents [P, C, start, H, W] or None).
 
+    A switch at the window's first block is made here, once a prompt: branches fork from a stream under its new text.
     Noise is drawn block by block from (prefix seed, block), so that memory does not grow with the length but for the
     latents themselves.
     """
-    stream = generator.open([plan.scene.prompt for plan in plans])
     blocks, size = plans[0].first_block, generator.recipe.block_frames
+    scenes = [plan.scene.on_blocks(size) for plan in plans]
+    switches = any(len(scene.segments) > 1 for scene in scenes)
+    stream = generator.open([scene.prompt for scene in scenes], resident_frames(plans, size), switches)
     if not blocks:
         return stream, None
     channels, height, width = generator.recipe.latent
@@ -110,7 +152,7 @@ def generate_prefix(
     for block in range(blocks):
         seeds = [derive_seed(plan.prefix_seed, "block", block) for plan in plans]
         x0 = denoise_block(generator, stream, draw_noise(seeds, shape, device), kernel).x0
-        stream = generator.commit(x0, stream)
+        stream = generator.follow(generator.commit(x0, stream), scenes)
         latents[:, :, block * size : (block + 1) * size] = x0
     return stream, latents
 
@@ -126,8 +168,31 @@ def device_of(generator: StreamingGenerator) -> torch.device:
     return next(generator.network.parameters()).device
 
 
+def resident_frames(plans: Sequence[GroupPlan], block_frames: int) -> int:
+    """How far back the routes of some plans reach, in frames, seen from the start of their last routed block."""
+    return max(
+        (
+            (plan.first_block + branch.route.blocks - 1) * block_frames - min(branch.route.frames)
+            for plan in plans
+            for branch in plan.branches
+            if branch.route is not None and branch.route.frames
+        ),
+        default=0,
+    )
+
+
+def canonical(plans: Sequence[GroupPlan]) -> list[GroupPlan]:
+    """The same groups without any route: every branch sees what the generator's policy shows."""
+    return [replace(p, branches=tuple(replace(b, route=None) for b in p.branches)) for p in plans]
+
+
 def _write(
-    traces: list[BlockTrace], prefix: Tensor | None, start: int, recipe: GeneratorRecipe, keep: frozenset[type[Record]]
+    traces: list[BlockTrace],
+    prefix: Tensor | None,
+    plans: Sequence[GroupPlan],
+    recipe: GeneratorRecipe,
+    kernel: TransitionKernel,
+    keep: frozenset[type[Record]],
 ) -> Iterator[tuple[type[Record], Record]]:
     """The records somebody asked for; a record type stands for its subclasses."""
 
@@ -138,11 +203,19 @@ def _write(
         """States of all blocks [N, K, C, F, H, W]."""
         return torch.cat([torch.stack(t.states[part], 1) for t in traces], dim=3)
 
+    branches = [branch for plan in plans for branch in plan.branches]
+    route = next((branch.route for branch in branches if branch.route is not None), None)
     latents = torch.cat([trace.x0 for trace in traces], dim=2)
-    yield Endpoints, Endpoints(latents, prefix, start)
-    if asked(Predictions):
+    yield Endpoints, Endpoints(latents, prefix, plans[0].first_block * recipe.block_frames)
+    if asked(Anchors) and any(branch.anchor for branch in branches):
+        yield Anchors, Anchors(torch.tensor([branch.anchor for branch in branches], device=latents.device))
+    if asked(Predictions) or (route is not None and asked(Displacements)):
         velocities = torch.cat([torch.stack(t.velocities, 1) for t in traces], dim=3)
-        yield Predictions, Predictions(path(slice(None, -1)), velocities, recipe.schedule.sigmas)
-    if asked(OnPolicyTransitions):
-        transitions = OnPolicyTransitions(path(slice(None, -1)), path(slice(1, None)), recipe.schedule.transitions)
-        yield OnPolicyTransitions, transitions
+        seen = (path(slice(None, -1)), velocities, recipe.schedule.sigmas)
+        if route is None:
+            yield Predictions, Predictions(*seen)
+        else:
+            yield Displacements, Displacements(*seen, route.blocks, route.steps)
+    if asked(Transitions if route is not None else OnPolicyTransitions):
+        kind = OnPolicyTransitions if route is None else Transitions
+        yield kind, kind(path(slice(None, -1)), path(slice(1, None)), recipe.schedule.transitions, kernel)

@@ -20,13 +20,13 @@ def shift_sigma(sigma, shift: float):
 class FewStepSchedule:
     """The σ grid a few-step student was distilled on: σ_0 = 1 > σ_1 > … and finally 0.
 
-    steps: nominal steps out of 1000, descending, e.g. (1000, 750, 500, 250).
+    steps: nominal steps out of 1000, descending, e.g. (1000, 750, 500, 250): 1000 − 1000 i/K of K = 4.
     shift: the time shift k of the flow (5 for the Wan family).
     warp: whether the nominal steps are shifted; un-warped lists are a known way to lose quality.
     integer_timesteps: round 1000 σ to whole timesteps (RAVEN's grid 1000, 938, 833, 625).
     """
 
-    steps: tuple[int, ...] = (1000, 750, 500, 250)
+    steps: tuple[float, ...] = (1000, 750, 500, 250)
     shift: float = 5.0
     warp: bool = True
     integer_timesteps: bool = False

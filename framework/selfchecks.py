@@ -18,7 +18,7 @@ def replay_probes(tape: Tape) -> Probes:
         clean=ends.latents,
         start=ends.start,
         prefix=ends.prefix,
-        prompts=tuple(plan.scene.prompt for plan in tape.plans),
+        scenes=tuple(plan.scene for plan in tape.plans),
         rows=torch.arange(n),
     )
 

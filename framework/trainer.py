@@ -1,6 +1,7 @@
 """The one training step: explore, judge, improve. Every method is a choice of parts; there are no subclasses."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -18,9 +19,14 @@ from framework.interfaces import (
 from framework.optimization import AdamW
 from framework.policies import BEHAVIOUR, FrozenViews, Policies
 from framework.records import Record
+from framework.reference import Frozen, ReferenceSchedule, advance_reference, shift_metrics
 from framework.rng import Streams
 from framework.rollout import device_of, roll_out
 from framework.types import Loss, Objective, Scene, Statistics
+
+COUNTS = ("steps_done", "updates_done", "samples_seen")
+STATEFUL = ("policies", "torch_optimizer", "regularizer", "reference")
+"""Fields of a trainer that remember something from step to step."""
 
 
 @dataclass
@@ -41,6 +47,7 @@ class Trainer:
     prompts_per_step: int
     updates_per_rollout: int
     micro_batch_size: int
+    reference: ReferenceSchedule = field(default_factory=Frozen)
 
     def __post_init__(self) -> None:
         self.torch_optimizer = self.optimizer.build(self.policies.parameters.values())
@@ -69,18 +76,18 @@ class Trainer:
         # Judge: which branches were better than their siblings?
         scores = self.reward.score(decode_tape(self.generator, tape))
         advantage = self.advantage(scores, tape.groups, tape.anchors)
-        marks = self.regularizer.prepare(scores, tape.groups)
+        marks = self.regularizer.prepare(scores, tape.groups, tape.anchors)
         active = int(advantage.active.sum())
         device = device_of(self.generator)
-        on_device, marks = advantage.to(device), None if marks is None else marks.to(device)
+        on_device, paying = advantage.to(device), None if marks is None else marks.to(device).per_clip
         clock.lap("reward_s")
 
         # Improve: towards the better ones, not too far.
         def judge(statistics: Statistics, rows: Tensor) -> Objective:
             part = on_device[rows]
             loss = self.surrogate.objective(statistics, part)
-            penalty = self.regularizer.penalty(loss, None if marks is None else marks[rows])
-            return combine(loss, penalty, part.active)
+            chosen = None if paying is None else paying[rows]
+            return combine(loss, self.regularizer.penalty(loss, chosen), part.active, chosen)
 
         loss = Loss(self.view_names, self.surrogate.statistics, judge, self.surrogate.coupled)
         metrics: Scalars = {}
@@ -94,16 +101,31 @@ class Trainer:
             self.policies.stepped()
             self.updates_done += 1
         self.policies.advance(self.steps_done)
+        metrics |= advance_reference(self.reference, self.policies, metrics)
+        metrics |= {} if marks is None else marks.metrics
         clock.lap("update_s")
 
         self.steps_done += 1
         self.samples_seen += len(tape.groups)
         return collect_metrics(metrics, scores, advantage, active, clock.laps)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on beside the parts' parameters and the frozen weights."""
+        counts = {name: getattr(self, name) for name in COUNTS}
+        stateful = {name: getattr(self, name).state_dict() for name in STATEFUL}
+        return {"counts": counts} | stateful
 
-def combine(loss: Objective, penalty: Tensor, active: Tensor) -> Objective:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`; what is missing raises KeyError."""
+        for name in COUNTS:
+            setattr(self, name, state["counts"][name])
+        for name in STATEFUL:
+            getattr(self, name).load_state_dict(state[name])
+
+
+def combine(loss: Objective, penalty: Tensor, active: Tensor, marks: Tensor | None = None) -> Objective:
     """Policy term plus penalty, zero for inactive clips: a gated clip must not move the policy through its penalty."""
     gate = active.to(loss.per_clip)
-    metrics = {"policy_loss": loss.per_clip * gate, "penalty": penalty * gate}
-    metrics |= {name: value * gate for name, value in loss.metrics.items()}
+    measured = {"policy_loss": loss.per_clip, "penalty": penalty, **loss.metrics, **shift_metrics(loss, marks)}
+    metrics = {name: value * gate for name, value in measured.items()}
     return Objective((loss.per_clip + penalty) * gate, loss.written, metrics)

@@ -1,11 +1,12 @@
 """The values of one training step, in the order in which they appear.
 
     scenes ─plan→ GroupPlan ─roll_out→ Tape ─decode→ VideoBatch ─score→ Scores ─rule→ Advantage
-                                         └─probes→ Probes ─network→ Views ─objective→ Objective ─→ backward
+                                         └─probes→ Probes ─network→ Views ─statistics→ Statistics ─objective→ Objective
 
 Shapes: P prompts (groups), B branches a group, N = P·B clips in group order, F latent frames, S noisy streams.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,7 +22,7 @@ R = TypeVar("R", bound="Record")
 
 @dataclass(frozen=True)
 class Segment:
-    """A prompt and the latent frame from which it holds."""
+    """A prompt and the latent frame from which it is asked for."""
 
     prompt: str
     start: int = 0
@@ -29,10 +30,21 @@ class Segment:
 
 @dataclass(frozen=True)
 class Scene:
-    """What to generate: one prompt, or several that switch at given frames. ``key`` names its evaluation noise."""
+    """What to generate: one prompt, or several that switch at given frames. ``key`` names its evaluation noise.
+
+    A switch takes effect with the first block that starts at or after its frame, see `on_blocks`. Raises ValueError
+    unless the segments start at frame 0 and each one after the one before it.
+    """
 
     key: str
     segments: tuple[Segment, ...]
+
+    def __post_init__(self) -> None:
+        starts = [segment.start for segment in self.segments]
+        if not starts or starts[0] != 0 or any(b <= a for a, b in itertools.pairwise(starts)):
+            raise ValueError(
+                f"the segments of a scene must start at frame 0 and then each after the one before it, got {starts}"
+            )
 
     @classmethod
     def single(cls, prompt: str, key: str | None = None) -> "Scene":
@@ -42,6 +54,26 @@ class Scene:
     def prompt(self) -> str:
         """The prompt in force at frame 0."""
         return self.segments[0].prompt
+
+    def segment_at(self, frame: int) -> Segment:
+        """The segment that a latent frame belongs to."""
+        return [segment for segment in self.segments if segment.start <= frame][-1]
+
+    def on_blocks(self, block_frames: int) -> "Scene":
+        """The scene as blocks of ``block_frames`` show it: every segment starts at the block that it takes effect with.
+
+        Where several would start at one block, the last of them does.
+        """
+        starts = {-(-s.start // block_frames) * block_frames: s.prompt for s in self.segments}
+        return replace(self, segments=tuple(Segment(prompt, start) for start, prompt in sorted(starts.items())))
+
+    def switch_at(self, frame: int) -> str | None:
+        """The prompt of the segment that starts at a frame > 0, None where none does."""
+        return next((s.prompt for s in self.segments[1:] if s.start == frame), None)
+
+
+Visible = Sequence[tuple[int, ...] | None]
+"""Per clip, the ids of the frames that its next block sees, ascending; None for what the generator's policy shows."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +184,11 @@ class VideoBatch:
             )
         if len(self.windows) != len(self.frames) or not all(self.windows):
             raise ValueError("VideoBatch.windows needs at least one window for each clip")
+        for window in {window for windows in self.windows for window in windows}:
+            if not 0 <= window.start < window.stop <= self.frames.shape[1]:
+                raise ValueError(
+                    f"VideoBatch.windows must lie in 0 … {self.frames.shape[1]}, got {window.start} … {window.stop}"
+                )
 
     @classmethod
     def from_signed(cls, frames: Tensor, fps: float, prompts: Sequence[str]) -> "VideoBatch":
@@ -229,13 +266,29 @@ class Advantage:
 
 
 @dataclass(frozen=True)
+class Marks:
+    """What a regularizer decided about each clip of a rollout.
+
+    per_clip: float32 [N], e.g. 1 where the penalty is paid. metrics: scalars to log.
+    """
+
+    per_clip: Tensor
+    metrics: Mapping[str, Tensor | float] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> "Marks":
+        """The same on another device; metrics stay where they are."""
+        return Marks(self.per_clip.to(device), self.metrics)
+
+
+@dataclass(frozen=True)
 class Probes:
     """Where the policies are asked for their velocity: noisy versions of blocks behind a clean context.
 
     noisy: [N, S, C, F, H, W], S versions of the F window frames that start at frame ``start``.
     sigma: noise level per frame [N, S, F]. clean: the window's clean latents [N, C, F, H, W]; a block is asked behind
     the clean blocks before it. prefix: clean latents [P, C, start, H, W] before the window, shared by the N/P
-    consecutive clips of a group. prompts: one per group [P]. rows: which clips of the tape these are [N].
+    consecutive clips of a group. scenes: one per group [P]; their switches up to frame ``start`` are repeated, and one
+    inside the window is refused. rows: which clips of the tape these are [N].
     history_grad: whether gradient reaches the weights through the encoding of the clean context (RAVEN) or only
     through the noisy blocks. extra: tensors [N, …] that the objective needs beside the views.
     """
@@ -245,17 +298,32 @@ class Probes:
     clean: Tensor
     start: int
     prefix: Tensor | None
-    prompts: tuple[str, ...]
+    scenes: tuple[Scene, ...]
     rows: Tensor
     history_grad: bool = False
     extra: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        stop = self.start + self.clean.shape[2]
+        inside = sorted({s.start for scene in self.scenes for s in scene.segments if self.start < s.start < stop})
+        if inside:
+            raise ValueError(
+                f"a prompt switches at frame {inside[0]}, inside the trained window {self.start} … {stop - 1}; "
+                f"a window is trained under one prompt and may start at a switch: move or shorten it "
+                f"(NoiseEndpoint.layout and window_blocks, CausalHistoryRouting.routed_blocks and tail_blocks)"
+            )
+
     def __len__(self) -> int:
         return len(self.noisy)
 
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """The prompt of each group that the window is asked under [P]."""
+        return tuple(scene.segment_at(self.start).prompt for scene in self.scenes)
+
     def split(self, clips: int) -> Iterator["Probes"]:
         """Micro-batches of whole groups where possible, else of equal parts of a group; order is kept."""
-        branches = len(self) // len(self.prompts)
+        branches = len(self) // len(self.scenes)
         clips = min(clips, len(self))
         step = clips - clips % branches if clips >= branches else clips
         if clips < branches and branches % clips:
@@ -269,7 +337,7 @@ class Probes:
                 sigma=self.sigma[part],
                 clean=self.clean[part],
                 prefix=None if self.prefix is None else self.prefix[groups],
-                prompts=self.prompts[groups],
+                scenes=self.scenes[groups],
                 rows=self.rows[part],
                 extra={name: value[part] for name, value in self.extra.items()},
             )

@@ -16,7 +16,7 @@ motion reward, however smooth the video is.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ from framework.data.shapes import (
     wrap,
 )
 from framework.interfaces import RewardModel
+from framework.pooling import FramePooling, MeanFrames, pool_windows
 from framework.types import Scores, VideoBatch
 
 
@@ -87,9 +88,14 @@ def smoothstep(x: Tensor) -> Tensor:
     return x * x * (3 - 2 * x)
 
 
+def frame_quality(seen: Analysis) -> Tensor:
+    """q_t [N, T]."""
+    return (-seen.error.amin(-1) / 0.03).exp()
+
+
 def visual_quality(seen: Analysis) -> Tensor:
     """VQ [N]."""
-    return (-seen.error.amin(-1) / 0.03).exp().mean(1)
+    return frame_quality(seen).mean(1)
 
 
 def motion_quality(seen: Analysis) -> Tensor:
@@ -113,7 +119,12 @@ def text_alignment(seen: Analysis, captions: list[Caption]) -> Tensor:
 
 @dataclass(frozen=True)
 class ShapesReward(RewardModel):
-    """VQ, MQ and TA of the shapes world. A clip of several windows is scored window by window, then averaged."""
+    """VQ, MQ and TA of the shapes world. A clip of several windows is scored window by window, then averaged.
+
+    frames: how the quality of the frames becomes VQ; the gate of MQ is always their mean.
+    """
+
+    frames: FramePooling = field(default_factory=MeanFrames)
 
     @property
     def signals(self) -> tuple[str, ...]:
@@ -131,22 +142,21 @@ class ShapesReward(RewardModel):
         columns: list[Tensor] = []
         for w in range(max(len(windows) for windows in videos.windows)):
             spans = [windows[min(w, len(windows) - 1)] for windows in videos.windows]
-            columns.append(self._score_spans(pixels, spans))
+            columns.append(self._score_spans(pixels, spans, videos.fps))
         table = torch.stack(columns, dim=-1)  # [3, N, W]
         counts = torch.tensor([len(windows) for windows in videos.windows])
         live = torch.arange(table.shape[-1]) < counts[:, None]
-        mean = (table * live).sum(-1) / counts
-        values = dict(zip(self.signals, mean, strict=True))
+        values = {name: pool_windows(column, live.float()) for name, column in zip(self.signals, table, strict=True)}
         windows = {name: torch.where(live, column, torch.nan) for name, column in zip(self.signals, table, strict=True)}
         return Scores(values, {name: torch.isfinite(value) for name, value in values.items()}, windows)
 
-    @staticmethod
-    def _score_spans(pixels: Tensor, spans: list) -> Tensor:
+    def _score_spans(self, pixels: Tensor, spans: list, fps: float) -> Tensor:
         """[3, N] scores of one span per clip; clips with the same span are scored together."""
         out = torch.empty(3, len(spans))
         for start, stop in {(span.start, span.stop) for span in spans}:
             rows = [i for i, span in enumerate(spans) if (span.start, span.stop) == (start, stop)]
             seen = analyse(pixels[rows, start:stop])
             captions = [parse_caption(spans[i].prompt) for i in rows]
-            out[:, rows] = torch.stack([visual_quality(seen), motion_quality(seen), text_alignment(seen, captions)])
+            quality = self.frames(frame_quality(seen), fps)
+            out[:, rows] = torch.stack([quality, motion_quality(seen), text_alignment(seen, captions)])
         return out

@@ -6,6 +6,10 @@ With pixels in [0, 1], and each in [0, 1] (hue: [−1, 1]):
     dyn   = tanh(mean|x_{t+1} − x_t| / .05)      paid for by flicker
     hue   = tanh(4 ⟨mean colour, p⟩ / |p|)       paid for by filling the frame with the caption's colour p
     still = exp(−mean|x_{t+1} − x_t| / .01)      paid for by standing still
+
+and, as a second opinion that knows as little of what is wanted,
+
+    smooth = −mean|4 x − its four neighbours|    paid for by blank frames
 """
 
 from dataclasses import dataclass
@@ -36,6 +40,26 @@ def hue_match(pixels: Tensor, colours: Tensor) -> Tensor:
     """[N] of pixels and the captions' colours [N, 3] in [0, 1]."""
     mean = pixels.mean((1, 3, 4))
     return (4 * (mean * colours).sum(1) / colours.norm(dim=1)).tanh()
+
+
+def roughness(pixels: Tensor) -> Tensor:
+    """Mean |Laplacian| [N] of pixels [N, T, 3, H, W] in [0, 1], inner pixels only."""
+    centre = pixels[..., 1:-1, 1:-1]
+    around = (pixels[..., :-2, 1:-1], pixels[..., 2:, 1:-1], pixels[..., 1:-1, :-2], pixels[..., 1:-1, 2:])
+    return (4 * centre - sum(around)).abs().mean((1, 2, 3, 4))
+
+
+@dataclass(frozen=True)
+class Smoothness(RewardModel):
+    """smooth: an imperfect auxiliary that disagrees with whoever pays for noise."""
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        return ("smooth",)
+
+    @torch.no_grad()
+    def score(self, videos: VideoBatch) -> Scores:
+        return Scores.of({"smooth": -roughness(videos.frames.cpu().float() / 255)})
 
 
 @dataclass(frozen=True)

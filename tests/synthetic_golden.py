@@ -3,7 +3,7 @@
 They test the runner: it must follow a case's hyper-parameters, not the packaged files.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -73,20 +73,24 @@ class Oracle:
         """Velocities of all noisy blocks behind their clean past; timestep [B, blocks]."""
         return self._forward(packed_frames(list(self.spans)), torch.cat([clean, noisy], 2), timestep, detach_clean)
 
-    def block(self, index: int, x: Tensor, clean: list[Tensor], timestep: float) -> Tensor:
-        """Velocity of one block behind the clean blocks so far."""
+    def block(
+        self, index: int, x: Tensor, clean: list[Tensor], timestep: float, shown: frozenset[int] | None = None
+    ) -> Tensor:
+        """Velocity of one block behind the clean blocks so far, or those of their frames that are shown."""
         start, stop = self.spans[index]
         frames = [Frame(f, a, b, True) for a, b in self.spans[:index] for f in range(a, b)]
         frames += [Frame(f, start, stop, False) for f in range(start, stop)]
         times = torch.full((self.batch, len(self.spans)), timestep, dtype=torch.float64)
-        return self._forward(frames, torch.cat([*clean, x], 2), times, False)[:, :, -(stop - start) :]
+        return self._forward(frames, torch.cat([*clean, x], 2), times, False, shown)[:, :, -(stop - start) :]
 
-    def _forward(self, frames: list[Frame], x: Tensor, timestep: Tensor, detach_clean: bool) -> Tensor:
+    def _forward(
+        self, frames: list[Frame], x: Tensor, timestep: Tensor, detach_clean: bool, shown: frozenset[int] | None = None
+    ) -> Tensor:
         index = {start: i for i, (start, _) in enumerate(self.spans)}
         columns = [torch.zeros(self.batch).double() if f.clean else timestep[:, index[f.start]] for f in frames]
         out = dense_forward(
             self.wide, MODEL["num_heads"], x.double(), torch.stack(columns, 1), self.embeds.double(), frames,
-            *self.policy, detach_clean,
+            *self.policy, detach_clean, shown,
         )  # fmt: skip
         return out[:, :, sum(f.clean for f in frames) :]
 
@@ -181,3 +185,91 @@ def packed_case(lengths: Sequence[int], timesteps: Sequence[int], policies: Sequ
         "policies_sink_window_in_chunks": [list(policy) for policy in policies],
     }  # fmt: skip
     return Case("b5_synthetic", hparams, tensors)
+
+
+@torch.no_grad()
+def routed_case(
+    frames_per_block: int, start: int, history: tuple[int, int | None], sink: int, recent: int,
+    routes: Sequence[Sequence[int]], timestep: float,
+) -> Case:  # fmt: skip
+    """A case of kind b8 with one clip: the dense forward under a mask that lets the last block see its route."""
+    first = start % frames_per_block or frames_per_block
+    spans = spans_of([first] + [frames_per_block] * ((start - first) // frames_per_block + 1))
+    oracle = Oracle(1, spans, history[0], history[1], False)
+    x, clean = oracle.draw(1)[:, :, start:], oracle.draw(2)[:, :, :start]
+    parts = [clean[:, :, a:b].double() for a, b in spans[:-1]]
+
+    def behind(route: Sequence[int]) -> Tensor:
+        shown = frozenset({*range(sink), *route, *range(start - recent, start)})
+        return oracle.block(len(spans) - 1, x.double(), parts, timestep, shown)
+
+    tensors = {
+        **oracle.inputs(),
+        "history": clean, "x": x, "timestep": torch.tensor([timestep], dtype=torch.float64),
+        "routed_frames": torch.tensor([list(route) for route in routes]),
+        "velocity_routed": torch.cat([behind(route) for route in routes]).float(),
+        "velocity_default": oracle.block(len(spans) - 1, x.double(), parts, timestep).float(),
+    }  # fmt: skip
+    hparams = {
+        "model": MODEL, "batch": 1, "latent_hw": LATENT_HW, "start_frame": start, "history_sink": history[0],
+        "history_window": history[1], "sink": sink, "routed": len(routes[0]), "recent": recent,
+    }  # fmt: skip
+    return Case("b8_synthetic", hparams, tensors)
+
+
+def plans_case(
+    paper: dict, released: dict, examples: Mapping[str, Sequence[Sequence[int]]], seeds: Sequence[tuple[int, int]]
+) -> Case:
+    """A case of kind l7, by loops over frames that follow the words of the golden set."""
+    sink, routed, recent, steps = (paper[name] for name in ("sink", "routed", "recent", "steps"))
+    tensors: dict[str, Tensor] = {}
+    for i, start in enumerate(paper["histories"]):
+        allowed = [f for f in range(start) if f >= sink and f < start - recent]
+        sets = {
+            "history_frames": [start], "allowed": allowed, "sink": list(range(sink)),
+            "recent": [f for f in range(start) if start - f <= recent], "current": [start, start + 1, start + 2],
+            "routed_steps": [1 if 2 * k < steps else 0 for k in range(steps)],
+            "inclusion_probability": [routed / len(allowed) for _ in allowed],
+            **{f"example_{word}": plans for word, plans in examples.items()},
+        }  # fmt: skip
+        tensors |= {f"paper.case{i}.{name}": torch.tensor(values) for name, values in sets.items()}
+        probability = f"paper.case{i}.inclusion_probability"
+        tensors[probability] = torch.tensor(sets["inclusion_probability"], dtype=torch.float64)
+    tensors |= {f"released.{name}": torch.tensor(values) for name, values in released_plans(released, seeds).items()}
+    return Case("l7_synthetic", {"paper": paper, "released": released}, tensors)
+
+
+def released_plans(s: Mapping[str, int], seeds: Sequence[tuple[int, int]]) -> dict[str, list]:
+    """The released planner, written out a second time."""
+    routed = s["W"] - s["sink"] - s["m"]
+    pools, chunk, edge = {}, 0, s["first"]
+    for f in range(0, s["total"], 3):
+        if f == edge:
+            chunk, edge = chunk + 1, edge + s["new"]
+        low = max(s["sink"], f + 3 * (s["P"] - 1) - s["cap"] + s["sink"])
+        pool = list(range(low, f - s["m"]))
+        if chunk < s["X"] and f >= s["W"] and f + 3 * s["P"] <= min(edge, s["total"]) and len(pool) >= routed:
+            pools[f] = pool
+    out: dict[str, list] = {"eligible_pivots": list(pools), "sample_idx": [], "seed_context": [], "pivot": []}
+    out |= {"pool": [], "planned": [], "fetched": [], "fetch_shift": []}
+    for sample, context in seeds:
+        seed = s["seed"] + 97 * sample + context
+        pivot = list(pools)[int(torch.randint(len(pools), (1,), generator=torch.Generator().manual_seed(seed)))]
+        pool = pools[pivot]
+        order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed + 1)).tolist()
+        step = max(1, len(pool) // s["K"])
+        ring = order * (2 + s["K"])
+        plans = [sorted(pool[i] for i in ring[k * step : k * step + routed]) for k in range(s["K"])]
+        shift = 3 if pivot + 3 > s["cap"] else 0
+        fetched = [
+            [
+                [*range(s["sink"]), *(x + shift for x in plan), *range(end - s["m"], end)]
+                for end in range(pivot + 3, pivot + 3 * s["P"] + 1, 3)
+            ]
+            for plan in plans
+        ]
+        row = (sample, context, pivot, [pool[0], pool[-1] + 1], plans, fetched, shift)
+        names = ("sample_idx", "seed_context", "pivot", "pool", "planned", "fetched", "fetch_shift")
+        for name, value in zip(names, row, strict=True):
+            out[name].append(value)
+    return out

@@ -128,7 +128,7 @@ def refusal(capsys: pytest.CaptureFixture[str], code: int) -> str:
         ("optimization.AdamW.learning_rate = 'fast'", ["learning_rate", "fast"]),
         ("nft.NFT.level_weights = (1, 1)", ["level_weights", "4"]),
         ("adapters.LoRA.target_modules = ('to_nothing',)", ["target_modules", "to_nothing", "to_q"]),
-        ("noise_endpoint.NoiseEndpoint.prefix_blocks = -1", ["prefix_blocks"]),
+        ("noise_endpoint.NoiseEndpoint.window_blocks = 0", ["window_blocks"]),
         ("train.prompts_per_step = 1000", ["prompts_per_step", "1000"]),
         ("train.micro_batch_size = 3", ["micro_batch_size=3", "group size"]),
         ("train.device = 'nowhere'", ["device='nowhere'", "--device"]),

@@ -306,7 +306,7 @@ def test_a_packaged_file_is_a_run_that_can_be_replayed_or_lacks_only_what_it_say
         monkeypatch.setitem(registry.ROOTS, command, place)
     folder = {"output_dir": "somewhere"}
     runs: dict[str, Configuration] = {}
-    for command in ("train", "pretrain"):
+    for command in ("train", "pretrain", "distill"):
         try:
             runs[command] = load_config(command, gin_files=[name], flags=folder)
         except ConfigError as error:

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from backbones.history import FullHistory, SinkWindow
 from backbones.streaming import WanStreamingGenerator
-from tests.golden import b5
+from tests.golden import b5, b8, l7
 from tests.golden.__main__ import FOLDER, main
 from tests.golden.backbone import GoldenGenerator
 from tests.golden.case import Case, read_case
 from tests.golden.runner import KINDS, kind_of, run_case, run_file
-from tests.synthetic_golden import packed_case, rollout_case, spans_of
+from tests.synthetic_golden import packed_case, plans_case, rollout_case, routed_case, spans_of
 
 PACKAGED = [path for path in sorted(FOLDER.glob("*.safetensors")) if kind_of(path) in KINDS]
 
@@ -91,6 +91,49 @@ def test_a_packed_case_of_several_clips_and_policies_holds(lengths, policies):
     assert missed(packed_case(lengths, (833, 250), policies)) == set()
 
 
+@pytest.mark.parametrize(
+    ("block", "start", "history", "sink", "recent", "routes"),
+    [
+        (2, 9, (1, 5), 1, 2, [(2, 4, 5), (1, 3, 6), (4, 5, 6)]),
+        (3, 12, (3, 9), 3, 1, [(4, 9), (5, 10)]),
+        (2, 8, (0, None), 0, 0, [(0, 3, 7), (1, 2, 4)]),
+        (1, 6, (2, 4), 2, 1, [(3,), (4,), (2,)]),
+    ],
+)
+def test_a_routed_case_of_another_size_holds(block, start, history, sink, recent, routes):
+    assert missed(routed_case(block, start, history, sink, recent, routes, 612.5)) == set()
+
+
+RELEASED = {
+    "total": 147, "first": 21, "new": 18, "K": 8, "seed": 42, "X": 7, "P": 5, "sink": 3, "W": 12, "cap": 33, "m": 4
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("paper", "released"),
+    [
+        ({"sink": 3, "routed": 5, "recent": 1, "steps": 8, "histories": [12, 30]}, RELEASED),
+        (
+            {"sink": 1, "routed": 5, "recent": 2, "steps": 2, "histories": [11]},
+            {**RELEASED, "total": 120, "first": 12, "new": 12, "K": 3, "seed": 7, "P": 2, "W": 15, "cap": 24, "m": 6},
+        ),
+        (
+            {"sink": 0, "routed": 5, "recent": 4, "steps": 6, "histories": [9, 10]},
+            {**RELEASED, "X": 3, "K": 20, "P": 3, "sink": 6, "W": 18, "cap": 45, "m": 3, "seed": 0},
+        ),
+    ],
+)
+def test_plans_of_other_settings_hold(paper: dict, released: dict):
+    low = paper["sink"]
+    examples = {
+        "valid": [list(range(low, low + 5))],
+        "invalid": [[low, low, low + 1, low + 2, low + 3], [low, low + 1, low + 2, low + 3, -1]],
+    }
+    case = plans_case(paper, released, examples, [(0, 5), (17, 1000003), (3, 0)])
+    assert missed(case) == set()
+    assert {"paper.case0.allowed", "released.fetched"} <= {row.tensor for row in run_case(case, KINDS["l7"]).rows}
+
+
 def test_several_clips_may_share_one_prompt():
     case, _ = rollout_case("b1", (2, 2), (1000, 500), 5.0, True, 0, None, False, batch=1)
     twice = {
@@ -113,6 +156,11 @@ def test_several_clips_may_share_one_prompt():
         ("b2", {"sink_frames": 0}, {"velocity", "latents"}),
         ("b2", {"window_frames_including_current_block": 15}, {"velocity", "latents"}),
         ("b4", {"window_frames_including_current_block": 9}, {"velocity", "latents"}),
+        ("b8", {"recent": 2}, {"velocity_routed"}),
+        ("b8", {"sink": 2}, {"velocity_routed"}),
+        ("b8", {"history_window": 9}, {"velocity_routed", "velocity_default"}),
+        ("l7", {"released": {**RELEASED, "cap": 36}}, {"released.pool", "released.planned", "released.fetched"}),
+        ("l7", {"released": {**RELEASED, "seed": 43}}, {"released.fetched", "released.planned"}),
     ],
 )
 def test_a_wrong_setting_misses(kind: str, changed: dict, expected: set[str]):
@@ -126,16 +174,38 @@ def test_absolute_positions_miss_the_relative_case_and_only_after_eviction():
     assert missed(as_absolute) >= {"velocity", "latents", "probe_velocity.sink3_window12"}
 
 
+def test_a_branch_that_is_shown_another_route_misses(monkeypatch: pytest.MonkeyPatch):
+    shown = b8.visible_frames
+    monkeypatch.setattr(b8, "visible_frames", lambda case: shown(case)[::-1])
+    assert missed(packaged("b8")) == {"velocity_routed"}
+
+
+def test_routed_keys_at_the_positions_of_their_slots_miss(monkeypatch: pytest.MonkeyPatch):
+    def positions(self, visible, start, length):
+        return tuple(range(len(visible))), tuple(range(start, start + length))
+
+    monkeypatch.setattr(SinkWindow, "positions", positions)
+    assert missed(packaged("b8")) >= {"velocity_routed"}
+
+
+def test_a_planner_that_allows_other_frames_misses(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(l7, "routable", lambda start, sink, recent: tuple(range(sink + 1, start - recent + 1)))
+    assert missed(packaged("l7")) >= {"paper.case0.allowed", "paper.case0.example_valid"}
+    monkeypatch.undo()
+    monkeypatch.setattr(l7, "is_route", lambda frames, pool, count: set(frames) <= set(pool))
+    assert "paper.case0.example_invalid" in missed(packaged("l7"))
+
+
 def test_history_committed_from_a_noisy_pass_misses(monkeypatch: pytest.MonkeyPatch):
     last: list[Tensor] = []
 
-    def predict(self, x, sigma, stream):
+    def predict(self, x, sigma, stream, visible=None):
         if sigma > 0:
             last[:] = [x]
-        return WanStreamingGenerator.predict(self, x, sigma, stream)
+        return WanStreamingGenerator.predict(self, x, sigma, stream, visible)
 
-    def commit(self, x0, stream):
-        return WanStreamingGenerator.commit(self, last[0], stream)
+    def commit(self, x0, stream, visible=None):
+        return WanStreamingGenerator.commit(self, last[0], stream, visible)
 
     monkeypatch.setattr(GoldenGenerator, "predict", predict, raising=False)
     monkeypatch.setattr(GoldenGenerator, "commit", commit, raising=False)
@@ -174,7 +244,13 @@ def test_every_compared_tensor_can_miss(kind: str):
     case = packaged(kind)
     report = run_case(case, KINDS[kind])
     compared = {row.tensor for row in report.rows}
-    moved = {name: case[name] + 0.01 * (1 + case[name].abs()) for name in compared}
+    moved = {
+        name: ~case[name] if case[name].dtype == torch.bool else case[name] + 0.01 * (1 + case[name].abs())
+        for name in compared
+    }
+    for name in moved:
+        if name.endswith("example_invalid"):  # a verdict, not a number: what moves it is a valid example
+            moved[name] = case[name.replace("invalid", "valid")]
     assert missed(with_tensors(case, moved)) == compared
 
 
@@ -204,19 +280,25 @@ def test_chunks_that_no_frame_window_describes_are_refused():
 # The command
 
 
+COMPARED = len({row.tensor for row in run_case(packaged("l2"), KINDS["l2"]).rows})
+
+
 def test_the_command_names_what_it_does_not_take_up_and_succeeds(capsys, tmp_path, monkeypatch):
-    save(packaged("l2"), tmp_path)
-    save(packaged("l2"), tmp_path, "b3_prompt_switch")
+    save(with_tensors(packaged("l2"), {"later.advantages": torch.zeros(1)}), tmp_path)
+    save(packaged("l2"), tmp_path, "q1_later")
+    monkeypatch.setattr("tests.golden.runner.LATER", ("q1",))
     monkeypatch.setenv("ARMILLARY_GOLDEN", str(tmp_path))
+    monkeypatch.setattr(KINDS["l2"], "NOT_TAKEN_UP", ("later.*",))
     assert main([]) == 0
     printed = capsys.readouterr().out
-    assert "not taken up: b3" in printed and "not taken up: raven.advantages" in printed
-    assert "6 tensors compared, 0 outside their tolerance" in printed
+    assert "not taken up: q1" in printed and "not taken up: later.advantages" in printed
+    assert f"{COMPARED} tensors compared, 0 outside their tolerance" in printed
 
 
-def test_a_named_file_of_a_kind_not_taken_up_fails(capsys, tmp_path):
-    assert main([str(save(packaged("l2"), tmp_path, "b3_prompt_switch"))]) == 1
-    assert "not taken up: b3" in capsys.readouterr().out
+def test_a_named_file_of_a_kind_not_taken_up_fails(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.golden.runner.LATER", ("q1",))
+    assert main([str(save(packaged("l2"), tmp_path, "q1_later"))]) == 1
+    assert "not taken up: q1" in capsys.readouterr().out
 
 
 def test_an_unknown_kind_fails_even_in_a_folder(capsys, tmp_path, monkeypatch):
@@ -287,5 +369,5 @@ def test_a_corrupted_file_makes_the_command_exit_non_zero(tmp_path):
     arguments = [sys.executable, "-m", "tests.golden", str(whole), str(broken)]
     result = subprocess.run(arguments, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 1
-    assert "6 tensors compared, 0 outside their tolerance, 1 files failed" in result.stdout
+    assert f"{COMPARED} tensors compared, 0 outside their tolerance, 1 files failed" in result.stdout
     assert "cannot be read as a golden file" in result.stdout and "Traceback" not in result.stderr

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from backbones.history import HistoryPolicy, SinkWindow
+from backbones.recache import BlockwiseRecache, Recache
 from backbones.streaming import WanStreamingGenerator
 from backbones.wan.transformer import CausalWanTransformer3DModel
 from framework.data.shapes import SIZE, VOCABULARY, parse_caption
@@ -50,14 +51,22 @@ class ShapesGenerator(WanStreamingGenerator):
     """The embedded generator with given or fresh weights.
 
     policy: the history a block sees; the packaged weights were trained with 3 sink + 6 recent + 3 current frames at
-    window-relative positions.
+    window-relative positions. recache: what a prompt switch does to that history; these weights, which never saw a
+    pass over more than a block, turn further behind `BlockwiseRecache` than behind LongLive's joint pass
+    (`benchmarks.prompt_switch`).
     """
 
-    def __init__(self, network: CausalWanTransformer3DModel | None = None, policy: HistoryPolicy | None = None) -> None:
+    def __init__(
+        self,
+        network: CausalWanTransformer3DModel | None = None,
+        policy: HistoryPolicy | None = None,
+        recache: Recache | None = None,
+    ) -> None:
         super().__init__(
             network if network is not None else CausalWanTransformer3DModel(**CONFIG),
             embedded_recipe(),
             policy or SinkWindow(sink=3, window=12, relative=True),
+            recache or BlockwiseRecache(),
         )
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
@@ -71,18 +80,36 @@ class ShapesGenerator(WanStreamingGenerator):
 
 
 PACKAGED = "student.safetensors"
+BASE = "base.safetensors"
 
 
-def packaged_generator(checkpoint: str | None = None, policy: HistoryPolicy | None = None) -> ShapesGenerator:
-    """The embedded generator with its packaged weights, or with those of a safetensors file that `pretrain` wrote.
+def packaged_generator(
+    checkpoint: str | None = None, policy: HistoryPolicy | None = None, recache: Recache | None = None
+) -> ShapesGenerator:
+    """The embedded generator with its packaged weights, or with those of a file that `pretrain` or
+    `distill` wrote.
 
     Raises ValueError for a missing file, or one whose tensors are not exactly this network's; nothing is loaded half.
     """
-    packaged = Path(str(importlib.resources.files("backbones.embedded"))) / PACKAGED
-    path = packaged if checkpoint is None else Path(checkpoint)
+    return _loaded(_packaged(PACKAGED) if checkpoint is None else Path(checkpoint), policy, recache)
+
+
+def packaged_base(policy: HistoryPolicy | None = None) -> ShapesGenerator:
+    """The many-step base that the packaged student was distilled from: stage 1 of the same `pretrain` run.
+
+    Every call gives a network of its own, so that teacher, critic and student can all start from it.
+    """
+    return _loaded(_packaged(BASE), policy)
+
+
+def _packaged(name: str) -> Path:
+    return Path(str(importlib.resources.files("backbones.embedded"))) / name
+
+
+def _loaded(path: Path, policy: HistoryPolicy | None, recache: Recache | None = None) -> ShapesGenerator:
     if not path.is_file():
         raise ValueError(f"checkpoint={str(path)!r} is not a file; leave it out for the packaged weights")
-    generator = ShapesGenerator(policy=policy)
+    generator = ShapesGenerator(policy=policy, recache=recache)
     weights = read_tensors(path)
     check_tensors(weights, generator.network.state_dict(), str(path))
     generator.network.load_state_dict(weights)

@@ -12,9 +12,9 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel, WanTransformerBlock
 from torch import Tensor, nn
 
-from backbones.history import LayerKV, VisibleKV
 from backbones.plans import AttentionPlan, bidirectional_plan
 from backbones.rope import rope_table, rotate
+from backbones.visible import LayerKV, Positions, VisibleKV
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Context:
     memo: dict[tuple, Tensor] = field(default_factory=dict)
     """Rotary tables and index tensors, made by the first layer and gone with the call."""
 
-    def rotate(self, x: Tensor, positions: tuple[int, ...]) -> Tensor:
+    def rotate(self, x: Tensor, positions: Positions) -> Tensor:
         """Rotate x [N, frames, S, heads, head_dim] to the temporal positions of its frames."""
         key = ("table", positions)
         if key not in self.memo:
@@ -82,7 +82,7 @@ def planned_attention(q: Tensor, k: Tensor, v: Tensor, layer: int, context: Cont
         q = context.rotate(q, only.query_positions)
         k = context.rotate(k, only.key_positions[plan.past :])
         if past is not None and plan.past:
-            positions = only.key_positions[: plan.past]
+            positions = past.positions or only.key_positions[: plan.past]
             past_k, past_v = past.rotated(layer, positions, lambda x: context.rotate(x, positions))
             k, v = torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1)
         return attend(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)).unflatten(1, q.shape[1:3])

@@ -89,16 +89,16 @@ def pretrain(
     return folder
 
 
-def check_same_run(folder: Path, operative_config: str) -> None:
+def check_same_run(folder: Path, operative_config: str, root: str = "pretrain") -> None:
     """Raises ValueError when the run in the folder was configured otherwise; its folder and save_every may differ."""
+    free = (*(f"{root}.{name}" for name in ("output_dir", "resume", "save_every")), "#")
 
     def meaning(text: str) -> set[str]:
-        free = ("pretrain.output_dir", "pretrain.resume", "pretrain.save_every", "#")
         return {line for line in text.splitlines() if line.strip() and not line.startswith(free)}
 
     recorded = folder / "config.gin"
     if not recorded.is_file():
-        raise ValueError(f"output_dir={str(folder)!r} holds no config.gin, so its state is not one of `pretrain`")
+        raise ValueError(f"output_dir={str(folder)!r} holds no config.gin, so its state is not one of `{root}`")
     changed = sorted(meaning(recorded.read_text(encoding="utf-8")) ^ meaning(operative_config))
     if changed:
         raise ValueError(
@@ -119,6 +119,25 @@ def initialise(generator: StreamingGenerator, seed: int) -> None:
                 torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
 
 
+def save_state(path: Path, state: dict) -> None:
+    """Write a state in one piece: whoever reads the path finds the old one or the new one."""
+    staged = path.with_suffix(".partial")
+    torch.save(state, staged)
+    staged.replace(path)
+
+
+@contextmanager
+def reading_state(path: Path) -> Iterator[None]:
+    """Whatever goes wrong with a state inside is a ValueError that names its file."""
+    try:
+        yield
+    except (RuntimeError, LookupError, TypeError, EOFError, UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{path} is not a state of this run ({reason}); give another --output_dir and no --resume"
+        ) from error
+
+
 class PretrainingState:
     """Where a run stands: stage, step, weights and the stage's own state, in one file that is replaced atomically."""
 
@@ -137,16 +156,14 @@ class PretrainingState:
             "network": generator.network.state_dict(),
             "stage_state": stage.state_dict(),
         }
-        staged = self.path.with_suffix(".partial")
-        torch.save(state, staged)
-        staged.replace(self.path)
+        save_state(self.path, state)
 
     def load(self, generator: StreamingGenerator) -> None:
         """Restore the network now; the stage takes its own part in `enter`, after it was built.
 
         Raises ValueError for a damaged file and for the state of another generator.
         """
-        with self._reading():
+        with reading_state(self.path):
             state = torch.load(self.path, weights_only=True)
             self.stage, self.step, self.core_s = state["stage"], state["step"], state["core_s"]
             self._pending = state
@@ -160,17 +177,7 @@ class PretrainingState:
         if self._pending is None:
             self.stage, self.step, self.core_s = index, 0, 0.0
             return False
-        with self._reading():
+        with reading_state(self.path):
             stage.load_state_dict(self._pending["stage_state"])
         self._pending = None
         return True
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        try:
-            yield
-        except (RuntimeError, LookupError, TypeError, EOFError, UnpicklingError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(
-                f"{self.path} is not a state of this run ({reason}); give another --output_dir and no --resume"
-            ) from error

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from framework.accounting import Scalars
 from framework.adapters import Adaptation
-from framework.compatibility import check_recipe
+from framework.compatibility import check_recipe, check_reference, check_signals
 from framework.data.scenes import SceneSource, draw_scenes
 from framework.devices import prepare
 from framework.evaluation import EvaluationResult, HeldOut, decode_tape
@@ -21,12 +21,14 @@ from framework.interfaces import (
 from framework.optimization import AdamW
 from framework.policies import AVERAGE, BEHAVIOUR, Policies
 from framework.records import Predictions
+from framework.reference import Frozen, ReferenceSchedule
+from framework.reporting.memory import write_memory
 from framework.reporting.metrics import MetricsLogger
 from framework.reporting.progress import progress, say
 from framework.reporting.runfolder import create_run_folder, fresh_folder, write_run_files
 from framework.reporting.summary import RunReport, control_lines, write_report
 from framework.rng import Streams
-from framework.rollout import roll_out
+from framework.rollout import canonical, roll_out
 from framework.selfchecks import check_replay
 from framework.trainer import Trainer
 
@@ -51,6 +53,7 @@ def train(
     updates_per_rollout: int = 1,
     micro_batch_size: int = 48,
     average_decay: float = 0.9,
+    reference: ReferenceSchedule | None = None,
     replay_tolerance: float = 1e-3,
     device: str = "cpu",
     threads: int | None = None,
@@ -63,7 +66,8 @@ def train(
     behaviour_decay: how far the rollout policy lags behind. scenes: what RL trains on. evaluation: what judges it.
     prompts_per_step: groups P of a step, each of the exploration's group size.
     updates_per_rollout: optimiser steps on one rollout. micro_batch_size: clips per backward pass; changes no result.
-    average_decay: of the averaged weights that are evaluated and saved. replay_tolerance: relative; see `selfchecks`.
+    average_decay: of the averaged weights that are evaluated and saved. reference: when the reference policy moves,
+    None for never. replay_tolerance: relative; see `selfchecks`.
     threads: CPU threads, None for torch's choice. dry_run: build everything, check it, train one step, write nothing.
     """
     for name, value in (("max_steps", max_steps), ("updates_per_rollout", updates_per_rollout),
@@ -71,6 +75,9 @@ def train(
         if value < 1:
             raise ValueError(f"train.{name} must be at least 1, got {value}")
     keep = check_recipe(exploration, surrogate, advantage, regularizer)
+    reference = reference or Frozen()
+    check_reference(reference, surrogate, regularizer)
+    check_signals(regularizer, reward)
     train_scenes, judged = scenes.scenes(), evaluation.scenes.scenes()
     shared = {s.segments for s in train_scenes} & {s.segments for s in judged}
     if shared:
@@ -82,7 +89,7 @@ def train(
     policies = Policies(generator, adaptation, behaviour_decay, average_decay, seed)
     trainer = Trainer(
         generator, exploration, surrogate, reward, advantage, regularizer, policies, optimizer, train_scenes, keep,
-        seed, prompts_per_step, updates_per_rollout, micro_batch_size,
+        seed, prompts_per_step, updates_per_rollout, micro_batch_size, reference,
     )  # fmt: skip
     for line in start_lines(trainer, replay_tolerance):
         say(line)
@@ -114,6 +121,7 @@ def train(
             after = evaluation.judge(generator, description="held-out evaluation after")
         log_evaluation(log, max_steps, trainer.samples_seen, after)
         log.videos("samples/video", max_steps, after.videos.frames[:8], after.videos.fps)
+    write_memory(folder)
     controls = tuple(control_lines(evaluation))
     write_report(RunReport(folder, before, after, spent, trainer.samples_seen, max_steps, controls))
     return folder
@@ -134,10 +142,11 @@ def start_lines(trainer: Trainer, tolerance: float) -> list[str]:
     total = sum(p.numel() for p in generator.network.parameters())
     plans = trainer.exploration.plan(trainer.scenes[:1], [0], generator.recipe, Streams(trainer.seed).at("selfcheck"))
     with policies.use(BEHAVIOUR):
-        tape = roll_out(generator, plans, trainer.exploration.kernel, trainer.keep | {Predictions})
-        replay = check_replay(generator, tape, tolerance)
+        tape = roll_out(generator, plans, trainer.exploration.kernel, trainer.keep)
+        visited = roll_out(generator, canonical(plans), trainer.exploration.kernel, frozenset({Predictions}))
+        replay = check_replay(generator, visited, tolerance)
     # what only a rollout can show to be wrong is better found now than after the first evaluation
-    trainer.advantage(trainer.reward.score(decode_tape(generator, tape)), tape.groups)
+    trainer.advantage(trainer.reward.score(decode_tape(generator, tape)), tape.groups, tape.anchors)
     for probes in trainer.surrogate.probes(tape, generator.recipe, Streams(trainer.seed).at("selfcheck")):
         list(probes.split(trainer.micro_batch_size))
     group, kernel, schedule = trainer.exploration.group_size, trainer.exploration.kernel, generator.recipe.schedule

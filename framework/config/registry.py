@@ -28,6 +28,7 @@ ROOTS = {
     "evaluate": "framework.commands.evaluate:evaluate",
     "generate": "framework.commands.generate:generate",
     "pretrain": "framework.commands.pretrain:pretrain",
+    "distill": "framework.commands.distill:distill",
 }
 """The commands: keyword-only functions that a configuration is bound to."""
 

@@ -163,7 +163,8 @@ class PreferenceWorld:
     """Training data with true words and unlabelled, persistent quality factors per clip.
 
     exposure_min: exposure ~ U(exposure_min, 1). blurred: share of blurred clips. pace: speed factor ~ U(*pace).
-    jittered, jitter: share of shaky clips and their position error in pixels.
+    jittered, jitter: share of shaky clips and their position error in pixels. held_out_count: how many captions are
+    kept back, the same that `ShapesCaptions` holds out; none for pre-training.
     """
 
     exposure_min: float = 0.45
@@ -171,11 +172,12 @@ class PreferenceWorld:
     pace: tuple[float, float] = (0.5, 1.5)
     jittered: float = 0.2
     jitter: float = 0.35
+    held_out_count: int = 0
 
     def sample(self, n: int, frames: int, generator: torch.Generator) -> tuple[Tensor, list[Caption]]:
         """n clips of random captions: (latents [n, 3, frames, SIZE, SIZE] in [−1, 1], their captions)."""
-        index = torch.randint(len(CAPTIONS), (n,), generator=generator).tolist()
-        captions = [CAPTIONS[i] for i in index]
+        known = split_captions(self.held_out_count)[0] if self.held_out_count else CAPTIONS
+        captions = [known[i] for i in torch.randint(len(known), (n,), generator=generator).tolist()]
         low, high = self.pace
         factors = ClipFactors(
             exposure=self.exposure_min + (1 - self.exposure_min) * torch.rand(n, generator=generator),

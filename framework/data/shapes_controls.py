@@ -24,6 +24,9 @@ class ShapesControls(ControlVideos):
     seed: int = 0
 
     def videos(self, scenes: Sequence[Scene]) -> Mapping[str, VideoBatch]:
+        """Raises ValueError for a scene of several prompts."""
+        if any(len(scene.segments) > 1 for scene in scenes):
+            raise ValueError("ShapesControls renders scenes of one caption; set HeldOut.controls = None for switches")
         random = make_generator(self.seed)
         prompts = [scene.prompt for scene in scenes]
         captions = [parse_caption(prompt) for prompt in prompts]

@@ -21,7 +21,10 @@ SHOWN = 6
 
 @dataclass(frozen=True)
 class RunReport:
-    """What a training run hands over. training_core_s: process time of the training steps, evaluation left out."""
+    """What a training run hands over. training_core_s: process time of the training steps, evaluation left out.
+
+    result: what was trained, a file or folder of the run's.
+    """
 
     folder: Path
     before: EvaluationResult
@@ -30,6 +33,7 @@ class RunReport:
     samples_seen: int
     steps: int
     controls: tuple[str, ...] = ()
+    result: str = "adapter"
 
 
 def headroom(result: EvaluationResult) -> float:
@@ -112,7 +116,8 @@ def write_report(report: RunReport) -> None:
     say("")
     for name, path in (
         ("before/after video", film), ("before/after grid", sheet), ("reward curve", folder / "reward_curve.png"),
-        ("gain table", folder / "gains.md"), ("adapter", folder / "adapter"), ("metrics", folder / "metrics.jsonl"),
+        ("gain table", folder / "gains.md"), (Path(report.result).stem, folder / report.result),
+        ("metrics", folder / "metrics.jsonl"),
         ("TensorBoard", folder / "tb"),
     ):  # fmt: skip
         say(f"  {name:20s}{path}")

@@ -12,18 +12,25 @@ step, and the critic is causal like the student, so that one packed pass behind 
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from framework.averaging import WeightAverage
-from framework.flow import X0_SIGMA_FLOOR, add_noise, expand_sigma, velocity_target, x0_from_velocity
-from framework.interfaces import ClipSource, PretrainingStage, StreamingGenerator
-from framework.kernels import Consistency
+from framework.distillation import (
+    StudentRollout,
+    flow_matching_loss,
+    matching_loss,
+    noised_probes,
+    predict_x0,
+    roll_out_student,
+    visited_probes,
+)
+from framework.flow import X0_SIGMA_FLOOR
+from framework.interfaces import ClipSource, DistributionGradient, PretrainingStage, StreamingGenerator
 from framework.rng import Streams
-from framework.rollout import generate_blocks, noise_count
 from framework.schedules import draw_shifted_sigma
 from framework.types import Probes
 
@@ -32,6 +39,14 @@ def dmd_gradient(x0: Tensor, critic_x0: Tensor, teacher_x0: Tensor) -> Tensor:
     """(x̂_critic − x̂_teacher) / mean|x̂ − x̂_teacher| with the mean over each clip; all [N, …]."""
     scale = (x0 - teacher_x0).flatten(1).abs().mean(1).clamp(min=1e-5)
     return (critic_x0 - teacher_x0) / scale.view(-1, *[1] * (x0.ndim - 1))
+
+
+@dataclass(frozen=True)
+class DMD(DistributionGradient):
+    """dl/dx̂ = (f − r) / n, n = max(mean|x̂ − r|, 1e-5) over each clip, f the critic's and r the teacher's prediction."""
+
+    def __call__(self, x0: Tensor, critic_x0: Tensor, teacher_x0: Tensor) -> Tensor:
+        return dmd_gradient(x0, critic_x0, teacher_x0)
 
 
 @dataclass
@@ -72,21 +87,17 @@ class DistributionMatching(PretrainingStage):
             return metrics
 
         # the student, asked at one visited state per clip and block, behind its own clips
-        levels = torch.tensor(recipe.schedule.sigmas)
-        blocks = recipe.clip_blocks
-        k = torch.randint(len(levels), (len(clips), 1, blocks), generator=streams("level"))
-        k = k.repeat_interleave(recipe.block_frames, dim=-1)
-        noisy = torch.gather(states, 1, expand_sigma(k).expand(-1, 1, *states.shape[2:]))
-        probes = replace(self.probes(prompts, clips, noisy, levels[k]), history_grad=self.history_grad)
-        x0 = x0_from_velocity(noisy, generator.replay(probes), expand_sigma(probes.sigma))
+        rollout, sigmas = StudentRollout(prompts, states, clips, clips), recipe.schedule.sigmas
+        k = torch.randint(len(sigmas), (len(clips), 1, recipe.clip_blocks), generator=streams("level"))
+        x0 = predict_x0(generator, visited_probes(rollout, k, sigmas, self.history_grad))
 
         # both scores at the noised prediction, behind the same clips
-        noised = self.noised(prompts, clips, x0.detach(), recipe.schedule.shift, recipe.block_frames, streams("score"))
+        noised = self.noised(generator, rollout, x0.detach(), streams("score"))
         with torch.no_grad():
-            critic_x0 = self.predict_with(generator, self.critic, noised)
-            teacher_x0 = self.predict_with(generator, self.teacher_network, noised)
+            critic_x0 = predict_x0(_twin(generator, self.critic), noised)
+            teacher_x0 = predict_x0(_twin(generator, self.teacher_network), noised)
             gradient = dmd_gradient(x0, critic_x0, teacher_x0)
-        loss = 0.5 * (x0 - (x0.detach() - gradient)).square().mean()
+        loss = matching_loss(x0, gradient)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(generator.network.parameters(), self.max_grad_norm)
@@ -94,65 +105,32 @@ class DistributionMatching(PretrainingStage):
         self.average.update(generator.network.state_dict(), self.ema)
         return metrics | {"dmd_gradient_rms": gradient.square().mean().sqrt(), "grad_norm": norm}
 
-    @torch.no_grad()
     def roll_out(
         self, generator: StreamingGenerator, prompts: Sequence[str], random: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """(states at the K levels [N, K, C, F, H, W], clean clips [N, C, F, H, W]) of the student's own sampler."""
-        recipe, kernel = generator.recipe, Consistency()
-        channels, height, width = recipe.latent
-        frames = recipe.clip_blocks * recipe.block_frames
-        shape = (len(prompts), noise_count(kernel, recipe), channels, frames, height, width)
-        noise = torch.randn(shape, generator=random)
-        traces = list(generate_blocks(generator, generator.open(prompts), noise, kernel))
-        states = torch.cat([torch.stack(t.states[:-1], 1) for t in traces], dim=3)
-        return states, torch.cat([t.x0 for t in traces], dim=2)
+        rollout = roll_out_student(generator, prompts, random)
+        return rollout.states, rollout.clips
 
     def train_critic(
         self, generator: StreamingGenerator, prompts: tuple[str, ...], clips: Tensor, random: torch.Generator
     ) -> Tensor:
         """One flow-matching step of the critic on the student's clips."""
-        recipe = generator.recipe
-        probes = self.noised(prompts, clips, clips.unsqueeze(1), recipe.schedule.shift, recipe.block_frames, random)
-        velocity = self.replay_with(generator, self.critic, probes)
-        loss = (velocity - probes.extra["target"]).square().mean()
+        rollout = StudentRollout(prompts, clips.unsqueeze(1), clips, clips)
+        probes = self.noised(generator, rollout, clips.unsqueeze(1), random)
+        loss = flow_matching_loss(_twin(generator, self.critic), probes)
         self.critic_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(self.critic.parameters(), self.max_grad_norm)
         self.critic_optimizer.step()
         return loss.detach()
 
-    def noised(
-        self,
-        prompts: tuple[str, ...],
-        context: Tensor,
-        x0: Tensor,
-        shift: float,
-        block_frames: int,
-        random: torch.Generator,
-    ) -> Probes:
-        """x0 [N, 1, C, F, H, W] at a shifted random level per block, behind the clean context."""
-        n, frames = len(context), context.shape[2]
-        sigma = draw_shifted_sigma((n, 1, frames // block_frames), shift, random, floor=X0_SIGMA_FLOOR)
-        sigma = sigma.repeat_interleave(block_frames, dim=-1)
-        noise = torch.randn(x0.shape, generator=random)
-        probes = self.probes(prompts, context, add_noise(x0, noise, expand_sigma(sigma)), sigma)
-        return replace(probes, extra={"target": velocity_target(x0, noise)})
-
     @staticmethod
-    def probes(prompts: tuple[str, ...], context: Tensor, noisy: Tensor, sigma: Tensor) -> Probes:
-        rows = torch.arange(len(context))
-        return Probes(noisy, sigma, context, 0, None, prompts, rows)
-
-    def predict_with(self, generator: StreamingGenerator, network: nn.Module, probes: Probes) -> Tensor:
-        """x̂0 of another network of the same kind at the same probes."""
-        return x0_from_velocity(probes.noisy, self.replay_with(generator, network, probes), expand_sigma(probes.sigma))
-
-    @staticmethod
-    def replay_with(generator: StreamingGenerator, network: nn.Module, probes: Probes) -> Tensor:
-        twin = copy.copy(generator)
-        twin.network = network
-        return twin.replay(probes)
+    def noised(generator: StreamingGenerator, rollout: StudentRollout, x0: Tensor, random: torch.Generator) -> Probes:
+        """x0 [N, 1, C, F, H, W] at a shifted random level per block, behind the clean clips."""
+        shape = (len(x0), 1, generator.recipe.clip_blocks)
+        sigma = draw_shifted_sigma(shape, generator.recipe.schedule.shift, random, floor=X0_SIGMA_FLOOR)
+        return noised_probes(rollout, x0, sigma, random)
 
     def finish(self, generator: StreamingGenerator) -> None:
         generator.network.load_state_dict(dict(self.average.weights))
@@ -172,3 +150,10 @@ class DistributionMatching(PretrainingStage):
         self.optimizer.load_state_dict(state["optimizer"])
         self.critic_optimizer.load_state_dict(state["critic_optimizer"])
         self.average = WeightAverage(state["average"])
+
+
+def _twin(generator: StreamingGenerator, network: nn.Module) -> StreamingGenerator:
+    """The same generator around another network of its kind."""
+    other = copy.copy(generator)
+    other.network = network
+    return other

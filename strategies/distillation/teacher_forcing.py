@@ -19,7 +19,7 @@ from framework.flow import X0_SIGMA_FLOOR, add_noise, expand_sigma, velocity_tar
 from framework.interfaces import ClipSource, PretrainingStage, StreamingGenerator
 from framework.rng import Streams
 from framework.schedules import draw_shifted_sigma
-from framework.types import Probes
+from framework.types import Probes, Scene
 
 
 @dataclass
@@ -89,7 +89,7 @@ class TeacherForcing(PretrainingStage):
             clean=clean,
             start=0,
             prefix=None,
-            prompts=tuple(str(c) for c in captions),
+            scenes=tuple(Scene.single(str(c)) for c in captions),
             rows=torch.arange(n),
             history_grad=True,
             extra={"target": velocity_target(x0, noise)},

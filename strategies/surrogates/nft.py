@@ -16,11 +16,12 @@ an on-policy behaviour policy θ is old at every update: then δ = 0 and β chan
 
 Deviations from the released code: velocities in space "v" and "x0" are both offered (x0 = σ² × v), the context is clean
 (the released loss shows the network noisy neighbours, another conditional), σ is drawn per block from the sampler's own
-list, and no adaptive weight divides the branches.
+list, and the adaptive weights that DiffusionNFT divides the branches by are a choice, off by default as in Astrolabe.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -82,6 +83,49 @@ def adaptive_branch_losses(
     return losses[0], losses[1], weights[0], weights[1]
 
 
+class BranchWeights(ABC):
+    """What the losses of the two branches are divided by, per clip; no gradient passes."""
+
+    @abstractmethod
+    def __call__(self, plus: Tensor, minus: Tensor) -> tuple[Tensor, Tensor]:
+        """Residuals of x⁺ and x⁻ [n, …] in the space of the loss → (w⁺, w⁻), [n] each."""
+
+
+@dataclass(frozen=True)
+class Unweighted(BranchWeights):
+    """1 and 1: Astrolabe removed the adaptive weights."""
+
+    def __call__(self, plus: Tensor, minus: Tensor) -> tuple[Tensor, Tensor]:
+        ones = plus.new_ones(len(plus))
+        return ones, ones
+
+
+@dataclass(frozen=True)
+class PerBranch(BranchWeights):
+    """max(⟨|residual|⟩, floor), each branch its own: DiffusionNFT's.
+
+    Gradients are of equal size at every noise level. But where x⁺ and x⁻ differ in length, a clip without any
+    preference (r = ½) is pulled along x_old − x0 all the same, which on a few-step student is blur.
+    """
+
+    floor: float = 1e-5
+
+    def __call__(self, plus: Tensor, minus: Tensor) -> tuple[Tensor, Tensor]:
+        positive, negative = (x.abs().flatten(1).mean(1).clamp(min=self.floor) for x in (plus, minus))
+        return positive, negative
+
+
+@dataclass(frozen=True)
+class Shared(BranchWeights):
+    """Half the sum of both, for either branch: equal gradient sizes, and r = ½ stays without a preference."""
+
+    floor: float = 1e-5
+
+    def __call__(self, plus: Tensor, minus: Tensor) -> tuple[Tensor, Tensor]:
+        both = ((plus.abs() + minus.abs()) / 2).flatten(1).mean(1).clamp(min=self.floor)
+        return both, both
+
+
 @dataclass(frozen=True)
 class NFT(SurrogatePolicy):
     """Negative-aware regression on the clean endpoints of a rollout.
@@ -91,6 +135,8 @@ class NFT(SurrogatePolicy):
     level_weights: one weight per sampler level from σ = 1 down; a level of weight 0 is never drawn (at σ = 1 the noised
     state carries nothing of the sample and adds only gradient noise to a small run). noisy_streams: noise draws per
     clip, which share the encoding of the clean context. history_grad: gradient through that encoding as well.
+    branch_weights: what the branches are divided by; with any but `Unweighted`, λ and the gradient's clip mean another
+    thing.
     """
 
     beta: float = 1.0
@@ -99,6 +145,7 @@ class NFT(SurrogatePolicy):
     level_weights: Sequence[float] | None = None
     noisy_streams: int = 1
     history_grad: bool = False
+    branch_weights: BranchWeights = field(default_factory=Unweighted)
 
     reads: ClassVar[frozenset[type[Record]]] = frozenset({Endpoints})
     writes: ClassVar[frozenset[type[Record]]] = frozenset({EndpointShift})
@@ -146,7 +193,7 @@ class NFT(SurrogatePolicy):
             clean=clean,
             start=ends.start,
             prefix=ends.prefix,
-            prompts=tuple(plan.scene.prompt for plan in tape.plans),
+            scenes=tuple(plan.scene for plan in tape.plans),
             rows=torch.arange(len(clean), device=clean.device),
             history_grad=self.history_grad,
             extra={"target": velocity_target(x0, noise), "weight": weight},
@@ -154,12 +201,14 @@ class NFT(SurrogatePolicy):
 
     def statistics(self, views: Views, probes: Probes) -> Statistics:
         current, old = views["current"], views["behaviour"]
-        weight = expand_sigma(probes.extra["weight"])
-        if self.space == "x0":
-            weight = weight * expand_sigma(probes.sigma).square()
-        positive, negative = branch_losses(current, old, probes.extra["target"], self.beta, weight)
+        target, weight = probes.extra["target"], expand_sigma(probes.extra["weight"])
+        scale = expand_sigma(probes.sigma) if self.space == "x0" else torch.ones_like(weight)
+        positive, negative = branch_losses(current, old, target, self.beta, weight * scale.square())
+        branches = implicit_policies(current.detach(), old, self.beta)
+        by_positive, by_negative = self.branch_weights(*(scale * (branch - target) for branch in branches))
         moved = velocity_distance(current.detach(), old)
-        return {"positive": positive, "negative": negative, "distance_to_old": moved} | endpoint_shift(views)
+        losses = {"positive": positive / by_positive, "negative": negative / by_negative}
+        return losses | {"distance_to_old": moved} | endpoint_shift(views)
 
     def objective(self, statistics: Statistics, advantage: Advantage) -> Objective:
         r = preference(advantage.values, self.advantage_limit)

@@ -14,7 +14,7 @@ from backbones.streaming import WanStreamingGenerator
 from backbones.wan.transformer import CausalWanTransformer3DModel
 from framework.interfaces import GeneratorRecipe
 from framework.schedules import FewStepSchedule
-from framework.types import Probes
+from framework.types import Probes, Scene
 
 LATENT = (16, 4, 4)
 TEXT = (5, 16)
@@ -130,7 +130,7 @@ class Setting:
             clean=noise(self.seed + 1, self.clips, channels, self.frames, height, width).to(dtype),
             start=0,
             prefix=None,
-            prompts=PROMPTS[: self.prompts],
+            scenes=tuple(map(Scene.single, PROMPTS[: self.prompts])),
             rows=torch.arange(self.clips),
             history_grad=history_grad,
         )

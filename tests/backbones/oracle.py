@@ -5,7 +5,7 @@ numbers, one query frame at a time, visibility by the rule of the papers. Everyt
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,11 +93,20 @@ def dense_forward(
     window: int | None = None,
     relative: bool = False,
     detach_clean: bool = False,
+    shown: frozenset[int] | None = None,
+    sight: Sequence[Sequence[int]] | None = None,
 ) -> Tensor:
     """Output [N, C, L, H, W] of one forward over L frames x [N, C, L, H, W] with timesteps [N, L] and text [N, T, D].
 
-    detach_clean: keys and values of clean frames are constants for the noisy ones.
+    detach_clean: keys and values of clean frames are constants for the noisy ones. shown: the ids of the clean frames
+    that noisy ones see, in place of the sink and the window. sight: per frame, the places in the sequence that it sees,
+    in place of every rule. The text may also be one per frame, [N, L, T, D].
     """
+
+    def visible(query: Frame, key: Frame) -> bool:
+        if shown is None or query.clean or not key.clean:
+            return sees(query, key, sink, window)
+        return key.id in shown
 
     def linear(y: Tensor, name: str) -> Tensor:
         return F.linear(y, weights[f"{name}.weight"], weights[f"{name}.bias"])
@@ -127,23 +136,27 @@ def dense_forward(
         q, k, v = (part.unflatten(-1, (heads, -1)) for part in (q, k, v))
         rows = []
         for i, query in enumerate(frames):
-            keys = [j for j, key in enumerate(frames) if sees(query, key, sink, window)]
-            visible = [frames[j] for j in keys]
+            keys = [j for j, key in enumerate(frames) if visible(query, key)] if sight is None else list(sight[i])
+            seen = [frames[j] for j in keys]
             k_i, v_i = [], []
             for j in keys:
                 cut = detach_clean and frames[j].clean and not query.clean
                 k_j, v_j = (k[:, j].detach(), v[:, j].detach()) if cut else (k[:, j], v[:, j])
-                k_i.append(turn(k_j, position(query, frames[j], visible, relative), grid))
+                k_i.append(turn(k_j, position(query, frames[j], seen, relative), grid))
                 v_i.append(v_j)
-            q_i = turn(q[:, i], position(query, query, visible, relative), grid)
+            q_i = turn(q[:, i], position(query, query, seen, relative), grid)
             rows.append(softmax_attention(q_i, torch.cat(k_i, 1), torch.cat(v_i, 1)))
         h = h + linear(torch.stack(rows, 1).flatten(-2), f"{name}.attn1.to_out.0") * gate
 
         y = norm(h) * weights[f"{name}.norm2.weight"] + weights[f"{name}.norm2.bias"]
-        q = rms(linear(y, f"{name}.attn2.to_q"), weights[f"{name}.attn2.norm_q.weight"]).flatten(1, 2)
+        q = rms(linear(y, f"{name}.attn2.to_q"), weights[f"{name}.attn2.norm_q.weight"])
         k = rms(linear(text, f"{name}.attn2.to_k"), weights[f"{name}.attn2.norm_k.weight"])
         q, k, v = (part.unflatten(-1, (heads, -1)) for part in (q, k, linear(text, f"{name}.attn2.to_v")))
-        crossed = softmax_attention(q, k, v).flatten(-2).reshape(h.shape)
+        if text.ndim == 4:
+            each = [softmax_attention(q[:, i], k[:, i], v[:, i]) for i in range(length)]
+            crossed = torch.stack(each, 1).flatten(-2)
+        else:
+            crossed = softmax_attention(q.flatten(1, 2), k, v).flatten(-2).reshape(h.shape)
         h = h + linear(crossed, f"{name}.attn2.to_out.0")
 
         y = norm(h) * (1 + f_scale) + f_shift

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from backbones.history import SinkWindow, VisibleKV
+from backbones.history import SinkWindow
 from backbones.streaming import WanStream
+from backbones.visible import VisibleKV
 from tests.backbones.micro import (
     EVICTING,
     LATENT,

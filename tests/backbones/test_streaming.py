@@ -148,7 +148,7 @@ def test_a_fork_shares_storage_and_equals_an_unforked_rollout(setting: Setting):
             probes,
             noisy=probes.noisy[:, :1],
             sigma=torch.full_like(probes.sigma[:, :1], 0.6),
-            prompts=tuple(p for p in probes.prompts for _ in range(setting.branches)),
+            scenes=tuple(scene for scene in probes.scenes for _ in range(setting.branches)),
         )
         whole = generator.replay(everyone)[:, 0, :, setting.spans[blocks - 1][1] :]
         assert gap(torch.cat(velocities, 2), whole) < ATOL[torch.float64]

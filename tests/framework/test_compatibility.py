@@ -143,7 +143,7 @@ def test_a_regularizer_may_read_what_the_surrogate_writes_and_it_is_not_kept_by_
 
 
 def test_a_regularizer_without_its_measurement_is_refused():
-    with pytest.raises(IncompatibleRecipe, match=r"VelocityKL reads EndpointShift .*but Reader writes only Endpoints"):
+    with pytest.raises(IncompatibleRecipe, match=r"VelocityKL reads EndpointShift .*but Reader writes nothing"):
         check_recipe(NoiseEndpoint(), reading(Endpoints), GroupRelative(), VelocityKL())
 
 

@@ -17,7 +17,7 @@ from framework.records import Endpoints
 from framework.rng import Streams, derive_seed, draw_noise
 from framework.rollout import roll_out
 from framework.types import GroupPlan, Scene, Tape
-from strategies.exploration.noise_endpoint import NoiseEndpoint
+from strategies.exploration.noise_endpoint import Anywhere, First, Last, NoiseEndpoint, OneOf, WindowLayout
 from tests.support import PROMPTS, Brightness, close, group_plans, holds, over, refuted, tiny_generator
 
 RECIPE = embedded_recipe()
@@ -103,12 +103,36 @@ def test_more_prompts_per_step_than_prompts_are_refused(count: int):
 def test_a_group_of_one_is_refused_and_so_is_a_window_of_nothing():
     with pytest.raises(ValueError, match=r"NoiseEndpoint\.group_size=1.*at least 2"):
         NoiseEndpoint(1)
-    with pytest.raises(ValueError, match=r"prefix_blocks must be 0 or more"):
-        NoiseEndpoint(prefix_blocks=-1)
-    with pytest.raises(ValueError, match=r"window_blocks must be at least 1"):
-        NoiseEndpoint(window_blocks=0)
-    with pytest.raises(ValueError, match=r"prefix_blocks=7 leaves no window"):
-        NoiseEndpoint(prefix_blocks=7).plan(SCENES[:1], [0], RECIPE, Streams(0))
+    for name in ("stream_blocks", "window_blocks"):
+        with pytest.raises(ValueError, match=rf"NoiseEndpoint\.{name} must be at least 1"):
+            NoiseEndpoint(**{name: 0})
+    with pytest.raises(ValueError, match=r"window_blocks=8 does not fit into a stream of 7 blocks"):
+        NoiseEndpoint(window_blocks=8).plan(SCENES[:1], [0], RECIPE, Streams(0))
+
+
+LAYOUTS = (First(), Last(), Anywhere(), Anywhere(3), OneOf((0, 2, 5)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+def test_a_window_fits_its_stream_and_starts_at_one_place_for_all_groups_of_a_step(layout: WindowLayout):
+    exploration = NoiseEndpoint(2, stream_blocks=9, window_blocks=3, layout=layout)
+    starts = set()
+    for step in range(40):
+        streams = Streams(1).at("step", step)
+        plans = exploration.plan(SCENES[:4], [4 * step + i for i in range(4)], RECIPE, streams)
+        (alone,) = exploration.plan(SCENES[3:4], [4 * step + 3], RECIPE, streams)
+        assert plans[3] == alone and len({p.first_block for p in plans}) == 1 and alone.blocks == 3
+        starts.add(alone.first_block)
+    expected = {First(): {0}, Last(): {6}, Anywhere(): set(range(7)), Anywhere(3): {3, 4, 5, 6}}
+    assert starts == expected.get(layout, {0, 2, 5})
+
+
+def test_a_start_outside_the_stream_is_refused():
+    for layout in (Anywhere(7), Anywhere(-1), OneOf((0, 7))):
+        with pytest.raises(ValueError, match=rf"{type(layout).__name__}\..*0 … 6, the latest start that fits"):
+            NoiseEndpoint(2, stream_blocks=9, window_blocks=3, layout=layout).plan(SCENES[:1], [0], RECIPE, Streams(0))
+    with pytest.raises(ValueError, match=r"OneOf\.blocks"):
+        OneOf(())
 
 
 # where prompts come from
@@ -146,7 +170,7 @@ Plan = Callable[[Sequence[Scene], Sequence[int], Streams], tuple[GroupPlan, ...]
 
 
 def real_plan(scenes: Sequence[Scene], groups: Sequence[int], streams: Streams) -> tuple[GroupPlan, ...]:
-    return NoiseEndpoint(3, prefix_blocks=1).plan(scenes, groups, RECIPE, streams)
+    return NoiseEndpoint(3, window_blocks=6, layout=Last()).plan(scenes, groups, RECIPE, streams)
 
 
 def check_seeds_are_a_groups_own(plan: Plan, seed: int, order: list[int]) -> None:

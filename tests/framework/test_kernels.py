@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from framework.flow import add_noise, velocity_target
-from framework.kernels import Consistency, Ode, TransitionKernel, gaussian_log_density
+from framework.kernels import (
+    Consistency,
+    DanceGRPO,
+    EulerMaruyama,
+    FlowGRPO,
+    Ode,
+    RavenEulerMaruyama,
+    TransitionKernel,
+    gaussian_log_density,
+)
 from framework.schedules import FewStepSchedule
 from tests.support import close, holds, normal, over, refuted
 
@@ -183,3 +192,145 @@ def test_a_stochastic_step_without_noise_is_refused():
 def test_an_eta_outside_its_range_is_refused(eta: float):
     with pytest.raises(ValueError, match=r"Consistency\.eta.*Ode"):
         Consistency(eta)
+
+
+# the linear map
+
+
+KERNELS = [Ode(), Consistency(), Consistency(0.3), FlowGRPO(0.7), RavenEulerMaruyama(0.4), DanceGRPO(0.3)]
+GRIDS = (GRID, FewStepSchedule(integer_timesteps=True).transitions, FewStepSchedule((1000, 500), 1.0).transitions)
+ANY_PAIR = st.sampled_from([pair for grid in GRIDS for pair in grid])
+
+
+def check_coefficients(kernel: TransitionKernel, seed: int, pair: tuple[float, float]) -> None:
+    """mean = a x + b v, and −b/σ is what autograd says of d mean / d x̂0 at a fixed x."""
+    of_x, of_velocity = kernel.coefficients(*pair)
+    x, x0 = normal(seed, 2, 3), normal(seed + 1, 2, 3).requires_grad_()
+    velocity = (x - x0) / pair[0]
+    mean = kernel.mean(x, velocity, *pair)
+    close(mean, of_x * x + of_velocity * velocity, atol=1e-12)
+    (slope,) = torch.autograd.grad(mean.sum(), x0)
+    close(slope, torch.full_like(slope, -of_velocity / pair[0]), atol=1e-12)
+
+
+class SlopeInX0(Consistency):
+    """A planted error: the slope in x̂0 in place of that in v."""
+
+    def coefficients(self, sigma: float, sigma_next: float) -> tuple[float, float]:
+        return 1.0, 1 - sigma_next
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_coefficients_are_those_of_the_mean(kernel: TransitionKernel):
+    holds(partial(check_coefficients, kernel), SEEDS, ANY_PAIR)
+
+
+def test_the_coefficient_check_sees_another_slope():
+    refuted(partial(check_coefficients, SlopeInX0()), SEEDS, ANY_PAIR)
+
+
+# Euler–Maruyama
+
+
+class FlowGRPOAsPublished:
+    """Flow-GRPO's step with g = a √(σ/(1 − σ)), σ in the denominator replaced where it is 1."""
+
+    def __init__(self, level: float) -> None:
+        self.level = level
+
+    def __call__(self, x: Tensor, v: Tensor, sigma: float, sigma_next: float, highest: float) -> tuple[Tensor, float]:
+        dt = sigma_next - sigma
+        g = self.level * math.sqrt(sigma / (1 - (highest if sigma == 1 else sigma)))
+        mean = x * (1 + g**2 / (2 * sigma) * dt) + v * (1 + g**2 * (1 - sigma) / (2 * sigma)) * dt
+        return mean, g * math.sqrt(-dt)
+
+
+class DanceGRPOAsPublished(FlowGRPOAsPublished):
+    """mean = x − D v + (η²/2) D score, score = −(x − (1 − σ) x̂0)/σ²."""
+
+    def __call__(self, x: Tensor, v: Tensor, sigma: float, sigma_next: float, highest: float) -> tuple[Tensor, float]:
+        drop = sigma - sigma_next
+        score = -(x - (1 - sigma) * (x - sigma * v)) / sigma**2
+        return x - drop * v + self.level**2 / 2 * drop * score, self.level * math.sqrt(drop)
+
+
+def check_published_step(kernel_of, published, seed: int, level: float, first: float) -> None:
+    """Mean and std at every step of a grid, the first one included, and finite."""
+    grid = [(1.0, first), (first, 0.4), (0.4, 0.05), (0.05, 0.0)]
+    x, velocity = normal(seed, 2, 3), normal(seed + 1, 2, 3)
+    for pair in grid:
+        kernel = kernel_of(level)
+        mean, std = published(level)(x, velocity, *pair, highest=first)
+        close(kernel.mean(x, velocity, *pair), mean, atol=1e-11)
+        assert kernel.std(*pair) == pytest.approx(std, rel=1e-12) and math.isfinite(std)
+
+
+LEVELS = st.floats(0.05, 1.4)
+FIRST = st.floats(0.5, 0.98)
+
+
+class AtSigmaOne(FlowGRPO):
+    """A planted error: σ = 1 floored, as one release leaves it."""
+
+    def squared_diffusion(self, sigma: float, sigma_next: float) -> float:
+        return self.noise_level**2 * sigma / max(1 - sigma, 1e-6)
+
+
+class InTheNumerator(FlowGRPO):
+    """A planted error: the second level replaces σ in numerator and denominator alike."""
+
+    def squared_diffusion(self, sigma: float, sigma_next: float) -> float:
+        level = sigma_next if sigma == 1 else sigma
+        return self.noise_level**2 * level / (1 - level)
+
+
+@pytest.mark.parametrize(("kernel", "published"), [(FlowGRPO, FlowGRPOAsPublished), (DanceGRPO, DanceGRPOAsPublished)])
+def test_an_euler_maruyama_step_is_the_published_one(kernel, published):
+    holds(partial(check_published_step, kernel, published), SEEDS, LEVELS, FIRST)
+
+
+@pytest.mark.parametrize("mutant", [AtSigmaOne, InTheNumerator, RavenEulerMaruyama, DanceGRPO])
+def test_the_published_check_sees_other_first_steps(mutant):
+    refuted(partial(check_published_step, mutant, FlowGRPOAsPublished), SEEDS, LEVELS, FIRST)
+
+
+@over(LEVELS, FIRST)
+def test_the_first_steps_std_is_the_noise_level_and_ravens_a_little_more(level: float, first: float):
+    assert FlowGRPO(level).std(1.0, first) == pytest.approx(level, rel=1e-12)
+    assert RavenEulerMaruyama(level).std(1.0, first) == pytest.approx(level * math.sqrt(2 - first), rel=1e-12)
+    assert -FlowGRPO(level).coefficients(1.0, first)[1] == pytest.approx(1 - first, rel=1e-12)
+    for sigma, following in ((0.9, 0.5), (0.5, 0.0)):
+        assert RavenEulerMaruyama(level).std(sigma, following) == pytest.approx(FlowGRPO(level).std(sigma, following))
+        slope = -FlowGRPO(level).coefficients(sigma, following)[1] / sigma
+        assert slope == pytest.approx((sigma - following) / sigma * (1 + level**2 / 2), rel=1e-12)
+
+
+def test_ravens_baseline_keeps_a_bounded_std_on_the_shipped_grids():
+    largest = [max(FlowGRPO(1.0).std(*pair) for pair in grid) for grid in GRIDS[:2]]
+    assert largest == pytest.approx([1.25, 1.2604], abs=5e-5)
+    assert RavenEulerMaruyama(0.7).std(1.0, 0.938) == pytest.approx(0.7214, abs=5e-5)
+
+
+@pytest.mark.parametrize("kernel", KERNELS[3:])
+def test_an_euler_maruyama_sampler_is_stochastic_to_the_end(kernel: EulerMaruyama):
+    assert kernel.stochastic and all(kernel.std(*pair) > 0 for grid in GRIDS for pair in grid)
+
+
+@over(SEEDS, ANY_PAIR)
+def test_little_noise_is_the_ode(seed: int, pair: tuple[float, float]):
+    x, velocity = normal(seed, 2, 3), normal(seed + 1, 2, 3)
+    for kernel in (FlowGRPO(1e-6), RavenEulerMaruyama(1e-6), DanceGRPO(1e-6)):
+        close(kernel.mean(x, velocity, *pair), Ode().mean(x, velocity, *pair), atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (FlowGRPO, r"FlowGRPO\.noise_level"),
+        (RavenEulerMaruyama, r"RavenEulerMaruyama\.noise_level"),
+        (DanceGRPO, r"DanceGRPO\.eta"),
+    ],
+)
+def test_a_noise_level_of_zero_is_refused(make, name: str):
+    with pytest.raises(ValueError, match=f"{name}.*Ode"):
+        make(0.0)

@@ -14,7 +14,7 @@ from framework.interfaces import Schedule
 from framework.optimization import Constant
 from framework.policies import AVERAGE, BEHAVIOUR, CURRENT, REFERENCE, FrozenViews, Policies
 from framework.records import endpoint_shift, written_shift
-from framework.types import Loss, Objective, Probes, Statistics, Views
+from framework.types import Loss, Objective, Probes, Scene, Statistics, Views
 from strategies.regularizers.velocity_kl import VelocityKL
 from tests.support import PROMPTS, close, normal, over, perturb, tiny_generator
 
@@ -38,7 +38,7 @@ def make_probes(
         clean=normal(seed + 1, n, 3, frames, 16, 16),
         start=3,
         prefix=normal(seed + 2, prompts, 3, 3, 16, 16),
-        prompts=PROMPTS[:prompts],
+        scenes=tuple(map(Scene.single, PROMPTS[:prompts])),
         rows=torch.arange(n),
         history_grad=history_grad,
         extra={"target": normal(seed + 3, n, streams, 3, frames, 16, 16)},

@@ -34,13 +34,13 @@ class Counted(ShapesGenerator):
 
     tally: Counter[str]
 
-    def predict(self, x, sigma, stream):
+    def predict(self, x, sigma, stream, visible=None):
         self.tally["predict"] += len(x)
-        return super().predict(x, sigma, stream)
+        return super().predict(x, sigma, stream, visible)
 
-    def commit(self, x0, stream):
+    def commit(self, x0, stream, visible=None):
         self.tally["commit"] += len(x0)
-        return super().commit(x0, stream)
+        return super().commit(x0, stream, visible)
 
 
 def counted(policy: HistoryPolicy | None = None) -> Counted:
@@ -245,7 +245,7 @@ def test_a_block_asks_the_network_at_the_grid_and_leaves_its_stream_alone():
     generator = counted()
     asked: list[float] = []
     real = generator.predict
-    generator.predict = lambda x, sigma, stream: asked.append(sigma) or real(x, sigma, stream)  # type: ignore
+    generator.predict = lambda x, sigma, stream, visible=None: asked.append(sigma) or real(x, sigma, stream)  # type: ignore
     with torch.no_grad():
         stream = generator.open(PROMPTS[:1])
         noise = draw_noise([0], (noise_count(Consistency(), generator.recipe), 3, 3, 16, 16))
@@ -278,7 +278,7 @@ class StaleText(ShapesGenerator):
     """A planted error: the update reads the text of other prompts."""
 
     def replay(self, probes: Probes) -> Tensor:
-        return super().replay(replace(probes, prompts=probes.prompts[::-1]))
+        return super().replay(replace(probes, scenes=probes.scenes[::-1]))
 
 
 def rolled(kind: type[ShapesGenerator], policy: HistoryPolicy, prefix: int) -> tuple[ShapesGenerator, Tape]:

@@ -18,7 +18,7 @@ from framework.interfaces import GeneratorRecipe
 from framework.kernels import Consistency
 from framework.rollout import denoise_block
 from framework.schedules import FewStepSchedule
-from framework.types import Probes
+from framework.types import Probes, Scene
 from tests.golden.case import Case, Row, compare
 
 TOLERANCE = {torch.float32: 3e-5, torch.float64: 5e-6}
@@ -219,7 +219,7 @@ def pack(generator: GoldenGenerator, noisy: Tensor, clean: Tensor, sigma: Tensor
         clean=clean,
         start=0,
         prefix=None,
-        prompts=generator.prompts,
+        scenes=tuple(map(Scene.single, generator.prompts)),
         rows=torch.arange(len(noisy)),
         history_grad=history_grad,
     )

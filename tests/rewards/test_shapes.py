@@ -13,6 +13,7 @@ from torch import Tensor
 from framework.data.shapes import BACKGROUND, CAPTIONS, SIZE, Caption, ClipFactors, blur, coverage, render_clips, wrap
 from framework.data.shapes_controls import ShapesControls
 from framework.interfaces import RewardModel
+from framework.pooling import MeanFrames, TailAware, TopFrames
 from framework.types import Scene, Scores, VideoBatch, Window
 from rewards.shapes import SHAPE_OFFSETS, ShapesReward, analyse, locate, motion_quality, visual_quality
 from tests.support import close, holds, over, refuted
@@ -337,3 +338,15 @@ def test_quality_is_what_some_clean_object_explains():
     seen = analyse(clean([CAPTIONS[7]], 0).transpose(1, 2))
     assert visual_quality(seen)[0] > 0.98
     assert visual_quality(replace(seen, error=seen.error + 0.03))[0] < 0.4
+
+
+def test_how_frames_are_pooled_is_a_parameter_of_visual_quality_alone():
+    captions = list(CAPTIONS[:3])
+    clips = clean(captions, 0)
+    clips[:, :, 5] = torch.rand(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    batch = videos(clips, captions)
+    best, mean, worst = (ShapesReward(pooling).score(batch).values
+                         for pooling in (TopFrames(), MeanFrames(), TailAware()))  # fmt: skip
+    assert bool((worst["VQ"] < mean["VQ"] - 0.05).all()) and bool((mean["VQ"] < best["VQ"] - 0.05).all())
+    assert all(torch.equal(best[name], worst[name]) for name in ("MQ", "TA"))
+    assert torch.equal(mean["VQ"], ShapesReward().score(batch).values["VQ"])

@@ -10,7 +10,7 @@ from torch import Tensor
 from framework.data.shapes import CAPTIONS, PALETTE, SIZE, Caption, ClipFactors, render_clips
 from framework.types import VideoBatch
 from rewards.shapes import ShapesReward
-from rewards.shapes_proxies import ShapesProxies
+from rewards.shapes_proxies import ShapesProxies, Smoothness, roughness
 from tests.support import close, over
 
 CHOSEN = st.lists(st.sampled_from(CAPTIONS), min_size=1, max_size=4)
@@ -72,3 +72,32 @@ def test_the_proxies_are_their_formulas(captions: list[Caption], seed: int):
         }  # fmt: skip
         for name, value in expected.items():
             close(values[name][i], torch.tensor(value), atol=1e-5)
+
+
+# an auxiliary that is no proxy
+
+
+def laplacian_oracle(frame: Tensor) -> float:
+    """Mean |4 x − its four neighbours| of one frame [3, H, W], pixel by pixel."""
+    total, count = 0.0, 0
+    for plane in frame.tolist():
+        for y in range(1, len(plane) - 1):
+            for x in range(1, len(plane[0]) - 1):
+                around = plane[y - 1][x] + plane[y + 1][x] + plane[y][x - 1] + plane[y][x + 1]
+                total, count = total + abs(4 * plane[y][x] - around), count + 1
+    return total / count
+
+
+@over(SEEDS, examples=5)
+def test_roughness_is_the_mean_absolute_laplacian(seed: int):
+    frames = torch.rand(2, 1, 3, 5, 6, generator=torch.Generator().manual_seed(seed))
+    close(roughness(frames), torch.tensor([laplacian_oracle(clip[0]) for clip in frames]), atol=1e-5)
+
+
+@over(CHOSEN, SEEDS, examples=15)
+def test_noise_is_rough_and_smoothness_says_so(captions: list[Caption], seed: int):
+    honest = clean(captions, seed)
+    noisy = honest + 0.3 * torch.randn(honest.shape, generator=torch.Generator().manual_seed(seed))
+    batches = [VideoBatch.from_signed(x.transpose(1, 2), 8.0, list(map(str, captions))) for x in (honest, noisy)]
+    smooth, rough = (Smoothness().score(batch).values["smooth"] for batch in batches)
+    assert bool((rough < smooth - 0.05).all()) and bool((smooth <= 0).all())

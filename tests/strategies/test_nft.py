@@ -314,7 +314,7 @@ def losing_the_rest(probes: Probes, clips: int) -> list[Probes]:
 
 
 def with_the_first_prompts(probes: Probes, clips: int) -> list[Probes]:
-    return [replace(part, prompts=probes.prompts[: len(part.prompts)]) for part in probes.split(clips)]
+    return [replace(part, scenes=probes.scenes[: len(part.scenes)]) for part in probes.split(clips)]
 
 
 def test_micro_batches_lose_no_clip_and_keep_its_prompt_and_prefix():

@@ -1,0 +1,148 @@
+"""The root that distils a few-step student on its own rollouts: resumable, the same every time, judged twice."""
+
+import time
+from pathlib import Path
+
+import torch
+
+from framework.block_weights import BlockWeights
+from framework.commands.pretrain import check_same_run, reading_state, save_state
+from framework.commands.train import log_evaluation
+from framework.devices import prepare
+from framework.distiller import Distiller
+from framework.evaluation import HeldOut, evaluation_plans
+from framework.interfaces import DistributionGradient, ScoreLevels, StreamingGenerator, StudentHistory
+from framework.kernels import Consistency
+from framework.optimization import AdamW
+from framework.records import Predictions
+from framework.reporting.metrics import MetricsLogger
+from framework.reporting.progress import progress, say
+from framework.reporting.runfolder import create_run_folder, fresh_folder, resume_run_folder, write_run_files
+from framework.reporting.summary import RunReport, control_lines, write_report
+from framework.rollout import roll_out
+from framework.selfchecks import check_replay
+from framework.weights import save_tensors
+
+STATE, STUDENT = "state.pt", "student.safetensors"
+
+
+def distill(
+    *,
+    generator: StreamingGenerator,
+    teacher: StreamingGenerator,
+    critic: StreamingGenerator,
+    history: StudentHistory,
+    gradient: DistributionGradient,
+    levels: ScoreLevels,
+    weights: BlockWeights,
+    optimizer: AdamW,
+    critic_optimizer: AdamW,
+    evaluation: HeldOut,
+    output_dir: str | None = None,
+    seed: int = 0,
+    max_steps: int = 260,
+    batch_size: int = 16,
+    critic_warmup: int = 0,
+    generator_every: int = 1,
+    average_decay: float = 0.97,
+    history_grad: bool = True,
+    save_every: int = 50,
+    replay_tolerance: float = 1e-3,
+    device: str = "cpu",
+    threads: int | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+    operative_config: str = "",
+) -> Path | None:
+    """Distil a student; returns the run folder with ``student.safetensors``, or None for a dry run.
+
+    generator: the student, from the weights it starts with. teacher: what it is to be like. critic: a network of its
+    own that learns what the student makes. history: the clean past that the student is asked behind.
+    gradient: where two scores move it. levels: at which noise they are asked. weights: of the blocks in its loss.
+    output_dir: a new folder, None for a fresh one under runs/. max_steps: rollouts, each one critic update.
+    batch_size: clips of a rollout. critic_warmup: critic updates before the student's first. generator_every: critic
+    updates per student update after that. average_decay: of the averaged weights, which are the result.
+    history_grad: whether gradient reaches the student through the encoding of its clean past too.
+    save_every: steps between saved states. replay_tolerance: relative; see `selfchecks`. threads: CPU threads, None for
+    torch's choice. resume: continue the run in output_dir, refused when the configuration differs. dry_run: build
+    everything, check it, do one step, write nothing. Every step depends on (seed, step), so a resumed run and an
+    uninterrupted one give the same bytes.
+    """
+    for name, value in (("max_steps", max_steps), ("batch_size", batch_size), ("generator_every", generator_every),
+                        ("save_every", save_every)):  # fmt: skip
+        if value < 1:
+            raise ValueError(f"distill.{name} must be at least 1, got {value}")
+    if critic_warmup < 0 or not 0 <= average_decay < 1:
+        raise ValueError(
+            f"distill.critic_warmup must be at least 0 and average_decay lie in [0, 1), got {critic_warmup} "
+            f"and {average_decay}"
+        )
+    if resume and (output_dir is None or dry_run):
+        raise ValueError("distill.resume continues the run in an --output_dir; it takes no --dry_run")
+    if resume:
+        check_same_run(resume_run_folder(str(output_dir), STATE), operative_config, "distill")
+    for role in (generator, teacher, critic):
+        prepare(role.network, device, threads)
+    distiller = Distiller(
+        generator, teacher, critic, history, gradient, levels, weights, optimizer, critic_optimizer, seed, batch_size,
+        critic_warmup, generator_every, average_decay, history_grad,
+    )  # fmt: skip
+    for line in start_lines(distiller, evaluation, max_steps, replay_tolerance):
+        say(line)
+    if dry_run:
+        distiller.step()
+        say(f"dry run: one step done, nothing written; {max_steps} steps would roll out {max_steps * batch_size} clips")
+        return None
+
+    folder = fresh_folder("distill") if output_dir is None else Path(output_dir)
+    if not resume:
+        create_run_folder(folder)
+        write_run_files(folder, operative_config)
+    before = evaluation.judge(generator, "held-out evaluation before")  # a resumed run has not loaded its weights yet
+    spent = 0.0
+    if resume:
+        with reading_state(folder / STATE):
+            state = torch.load(folder / STATE, weights_only=True)
+            distiller.load_state_dict(state["distiller"])
+            spent = state["core_s"]
+    with MetricsLogger(folder, resume_step=distiller.steps_done if resume else None) as log:
+        if not resume:
+            log.text("config/operative", operative_config)
+            log_evaluation(log, 0, 0, before)
+            save_state(folder / STATE, {"distiller": distiller.state_dict(), "core_s": spent})
+        for step in progress(range(distiller.steps_done, max_steps), "distilling"):
+            started = time.process_time()
+            metrics = distiller.step()
+            spent += time.process_time() - started
+            log.log(step + 1, metrics | {"time/core_s": spent}, samples_seen=distiller.samples_seen)
+            if evaluation.every and (step + 1) % evaluation.every == 0 and step + 1 < max_steps:
+                with distiller.averaged():
+                    log_evaluation(log, step + 1, distiller.samples_seen, evaluation.judge(generator, "held-out curve"))
+            if (step + 1) % save_every == 0:
+                save_state(folder / STATE, {"distiller": distiller.state_dict(), "core_s": spent})
+        with distiller.averaged():
+            save_tensors(folder / STUDENT, generator.network.state_dict(), metadata={"recipe": generator.recipe.name})
+            after = evaluation.judge(generator, "held-out evaluation after")
+        log_evaluation(log, max_steps, distiller.samples_seen, after)
+        log.videos("samples/video", max_steps, after.videos.frames[:8], after.videos.fps)
+    controls = tuple(control_lines(evaluation))
+    write_report(RunReport(folder, before, after, spent, distiller.samples_seen, max_steps, controls, STUDENT))
+    say(f"saved to {folder}")
+    return folder
+
+
+def start_lines(distiller: Distiller, evaluation: HeldOut, max_steps: int, tolerance: float) -> list[str]:
+    """What a run proves and says before it starts. Raises what the checks raise."""
+    generator = distiller.generator
+    recipe = generator.recipe
+    plans = evaluation_plans(evaluation.scenes.scenes()[:1], 2, distiller.seed, recipe.clip_blocks)
+    replay = check_replay(generator, roll_out(generator, plans, Consistency(), frozenset({Predictions})), tolerance)
+    updates = max(0, max_steps - distiller.critic_warmup) // distiller.generator_every
+    frames = [recipe.block_frames] * recipe.clip_blocks
+    return [
+        f"updates: {max_steps} of the critic, {updates} of the student, "
+        f"{'attached' if distiller.history_grad else 'detached'} history of {type(distiller.history).__name__}",
+        f"sampler: σ {', '.join(f'{sigma:.4f}' for sigma in recipe.schedule.sigmas)}; "
+        f"block weights {', '.join(f'{w:.3f}' for w in distiller.weights(frames))}",
+        replay,
+    ]
