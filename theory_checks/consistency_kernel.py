@@ -11,7 +11,7 @@ import torch
 from framework.flow import add_noise, velocity_target
 from framework.kernels import Consistency
 from framework.schedules import FewStepSchedule
-from theory_checks.statement import Finding
+from theory_checks.statement import Finding, worst
 
 
 def check() -> Finding:
@@ -26,7 +26,7 @@ def check() -> Finding:
             from_noise = kernel.mean(add_noise(zero, one, one * sigma), velocity_target(zero, one), sigma, sigma_next)
             deviation = math.hypot(float(from_noise), kernel.std(sigma, sigma_next))
             wrong = math.hypot(float(from_noise), eta * sigma_next)
-            residual = max(residual, abs(float(from_data) - (1 - sigma_next)), abs(deviation - sigma_next))
+            residual = worst(residual, abs(float(from_data) - (1 - sigma_next)), abs(deviation - sigma_next))
             planted = max(planted, abs(wrong - sigma_next))
     return Finding("re-noise keeps the marginals N((1−σ')x0, σ'²)", "η ∈ {.2, .5, 1}, the four-step grid, fp64",
                    residual, 1e-12, planted)  # fmt: skip
