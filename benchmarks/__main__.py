@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks import p1, p2, p4, p5, streaming
+from benchmarks import p1, p2, p3, p4, p5, streaming
 from benchmarks.measure import Row, machine, table
 
 ROWS: dict[str, Callable[[], list[Row]]] = {
     "p1": p1.measure,
     "p2": p2.measure,
+    "p3": p3.measure,
     "p4": p4.measure,
     "p5": p5.measure,
     "streaming": streaming.measure,

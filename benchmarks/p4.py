@@ -6,9 +6,11 @@ window at absolute positions (no position comes twice, so nothing that is kept p
 rollout: `roll_out` of a small group behind a prefix that is 10× longer; the records that it returns are its output and
 are taken off. The group is small because the peak of a large one hides what the prefix costs.
 generate: the command's own function, which decodes and writes block by block.
+long tuning: a whole `Trainer.step` whose window stands behind a prefix that is 10× longer, rollout, scoring and update
+included; the prefix's latents are part of it.
 
-Two planted leaks must miss the goal: a reader that keeps the latents of every block, and a history that forgets
-nothing.
+Planted leaks must miss the goal: a reader that keeps the latents of every block, a history that forgets nothing, and a
+training step on such a history.
 """
 
 import contextlib
@@ -24,6 +26,7 @@ from torch import Tensor
 from backbones.embedded.generator import CONFIG
 from backbones.history import FullHistory, HistoryPolicy, SinkWindow
 from benchmarks.measure import LiveBytes, Row, storage_bytes
+from benchmarks.p1 import build_trainer
 from benchmarks.scenarios import draw_blocks, group_plan, random_generator
 from framework.commands.generate import generate
 from framework.kernels import Consistency
@@ -65,6 +68,14 @@ def hoarding_bytes(config: Mapping[str, Any], policy: HistoryPolicy, blocks: int
     return counter.peak
 
 
+def training_bytes(config: Mapping[str, Any], policy: HistoryPolicy, prefix: int, group: int, window: int) -> int:
+    """Peak of a training step on a window behind a prefix."""
+    trainer = build_trainer(random_generator(config, policy), 1, group, window, prefix + window)
+    with LiveBytes() as counter:
+        trainer.step()
+    return counter.peak
+
+
 def growth(measure: Callable[[int], int], length: int, factor: int = 10) -> tuple[float, str]:
     """(bytes at ``factor`` times the length over bytes at the length, both as a note)."""
     short, long = measure(length), measure(factor * length)
@@ -76,8 +87,10 @@ def measure(config: Mapping[str, Any] = CONFIG, length: int = 6, group: int = 2,
     cases: list[tuple[str, Callable[[int], int], bool]] = [
         ("rollout behind a prefix", lambda n: rollout_bytes(config, WINDOW, n, group, window), False),
         ("generate", lambda n: generation_bytes(config, WINDOW, n), False),
+        ("long tuning", lambda n: training_bytes(config, WINDOW, n, 4 * group, length + 1), False),
         ("planted: every block kept", lambda n: hoarding_bytes(config, WINDOW, n), True),
         ("planted: full history", lambda n: generation_bytes(config, FullHistory(), n), True),
+        ("planted: long tuning, full history", lambda n: training_bytes(config, FullHistory(), n, group, window), True),
     ]
     rows = []
     for what, count, planted in cases:

@@ -1,6 +1,7 @@
 """What the benchmarks run: generators with random weights and groups of the shapes world."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from backbones.streaming import WanStream
 from backbones.wan.transformer import CausalWanTransformer3DModel
 from framework.data.shapes import CAPTIONS
 from framework.kernels import TransitionKernel
-from framework.rng import draw_noise
+from framework.rng import Streams, draw_noise
 from framework.rollout import generate_prefix, noise_shape
-from framework.types import BranchPlan, GroupPlan, Scene
+from framework.types import BranchPlan, GroupPlan, Route, Scene
+from strategies.exploration.causal_history_routing import IndependentDraws, routable
 
 MIDDLE: dict[str, Any] = {
     **CONFIG, "patch_size": (1, 4, 4), "num_attention_heads": 4, "attention_head_dim": 64, "ffn_dim": 1024,
@@ -44,6 +46,28 @@ def group_plan(first_block: int, blocks: int, branches: int, group: int = 0) -> 
         blocks=blocks,
         prefix_seed=1000 + group,
         branches=tuple(BranchPlan(10 * group + b) for b in range(branches)),
+    )
+
+
+def routed_plan(
+    first_block: int, blocks: int, branches: int, routed_frames: int, recent: int = 3, sink: int = 3
+) -> GroupPlan:
+    """A routed group behind a shared prefix of blocks of three frames, the whole window routed in half of the steps.
+
+    ``branches`` of them are routed, to frames of all the prefix; an anchor comes on top.
+    """
+    pool = routable(3 * first_block, sink, recent)
+    drawn = IndependentDraws().draw(pool, routed_frames, branches, Streams(0))
+    # one branch holds the oldest frame, so that every draw keeps the same history alive
+    routes = [tuple(sorted({pool[0], *drawn[0][1:]})), *drawn[1:]]
+    steps = (True, True, False, False)
+    seed = 10
+    return replace(
+        group_plan(first_block, blocks, 1),
+        branches=(
+            *(BranchPlan(seed, Route(frames, sink, recent, blocks, steps)) for frames in routes),
+            BranchPlan(seed, anchor=True),
+        ),
     )
 
 

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from backbones.embedded.generator import CONFIG
 from backbones.history import FullHistory
 from benchmarks import __main__ as command
-from benchmarks import p1, p2, p4, p5, streaming
+from benchmarks import p1, p2, p3, p4, p5, streaming
 from benchmarks.measure import LiveBytes, Ratio, Row, Seconds, storage_bytes, table
 from benchmarks.scenarios import MINIATURE, random_generator
 
@@ -125,25 +125,49 @@ def test_the_bare_passes_leave_no_gradient_and_the_network_as_it_was(recorded):
     assert "forward" not in vars(network)
 
 
-@pytest.mark.parametrize("row", [p2, p5])
-def test_both_sides_of_a_group_row_have_the_same_flops(row):
-    a, b = row.sides(MINIATURE, prefix=2, window=2, group=3)
+@pytest.mark.parametrize(("row", "routed"), [(p2, None), (p2, 3), (p2, 6), (p5, None), (p5, 3)])
+def test_both_sides_of_a_group_row_have_the_same_flops(row, routed: int | None):
+    prefix = 2 if routed is None else 7
+    a, b = row.sides(MINIATURE, prefix, 2, 3, routed)
     assert flops(a) == flops(b) > 0
-    fewer, _ = row.sides(MINIATURE, prefix=2, window=2, group=2)  # the planted error: a clip less
+    fewer, _ = row.sides(MINIATURE, prefix, 2, 2, routed)  # the planted error: a clip less
     assert flops(fewer) < flops(b)
+
+
+def test_packed_and_block_by_block_give_one_gradient_and_a_forgotten_block_another():
+    generator = random_generator(MINIATURE)
+    probes, cotangent = p3.make_probes(generator, clips=2, blocks=4)
+    expected = p3.gradients(generator, lambda: p3.block_by_block(generator, probes, cotangent))
+    assert p3.relative_gap(p3.gradients(generator, lambda: p3.packed(generator, probes, cotangent)), expected) < 1e-4
+    wrong = p3.gradients(generator, lambda: p3.block_by_block(generator, probes, cotangent, forgetful=True))
+    assert p3.relative_gap(wrong, expected) > 1e-2
+
+
+def test_one_clip_at_a_time_needs_the_memory_of_one_clip():
+    few, many = (p3.chunked_bytes(MINIATURE, group, 1) for group in (2, 6))
+    assert many <= 1.05 * few
+    assert p3.chunked_bytes(MINIATURE, 6, 7) > 1.5 * p3.chunked_bytes(MINIATURE, 2, 7)
+
+
+def test_a_routed_history_is_alive_once_and_a_cache_per_branch_is_seen():
+    wider = {**CONFIG, "ffn_dim": 16, "num_layers": 3}  # K/V outweigh pixels, as in every real generator
+    value, _ = p5.alive_copies(wider, 7, 16, 4)
+    leaking, _ = p5.alive_copies(wider, 7, 16, 4, p5.CopyingFork)
+    assert value < 1.3 and leaking > 4
 
 
 def test_every_row_runs_in_miniature_and_prints_a_table():
     rows = [
         *p1.measure(MINIATURE, prompts=1, group=2, blocks=2, pairs=1),
         *p2.measure(MINIATURE, prefix=1, window=1, group=2, pairs=1),
-        *p5.measure(MINIATURE, prefix=1, window=1, group=2, pairs=1),
+        *p3.measure(MINIATURE, lengths=(3,), clips=2, pairs=1, groups=(2, 3)),
+        *p5.measure(MINIATURE, prefix=1, window=1, group=2, pairs=1, longer=9),
         *streaming.measure(MINIATURE, clips=(1, 2), blocks=1, repeats=1),
     ]
     assert all(row.value > 0 for row in rows)
     printed = table(rows)
     assert printed.count("\n") == len(rows) + 1
-    assert {"P1", "P2", "P5", "FPS"} == {row.name for row in rows}
+    assert {"P1", "P2", "P3", "P5", "FPS"} == {row.name for row in rows}
 
 
 def test_the_memory_row_sees_its_planted_leaks_and_finds_the_stream_constant():
@@ -159,7 +183,7 @@ def test_the_memory_row_sees_its_planted_leaks_and_finds_the_stream_constant():
 def test_the_command_refuses_a_row_it_does_not_have(capsys):
     with pytest.raises(SystemExit):
         command.main(["p9"])
-    assert "no row is called 'p9'; the rows are p1, p2, p4, p5, streaming" in capsys.readouterr().err
+    assert "no row is called 'p9'; the rows are p1, p2, p3, p4, p5, streaming" in capsys.readouterr().err
 
 
 def test_the_command_fails_when_a_goal_is_missed(monkeypatch, capsys):
