@@ -38,6 +38,8 @@ from strategies.exploration.causal_history_routing import CausalHistoryRouting
 
 ROUTING = CausalHistoryRouting(routed_frames=3, routed_blocks=3, tail_blocks=2, stream_blocks=14, steps=(True,) * 4)
 """Three routed blocks of nine visible frames, two blocks after them, as embedded/kvpo.gin has it."""
+FIRST_HALF = replace(ROUTING, routed_frames=5, recent=1, steps=None, clean_write=True)
+"""As embedded/kvpo_first_half.gin has it: nine visible frames too."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,10 @@ ARMS: Mapping[str, Arm] = {
     "routing, all steps": Arm(),
     "routing, all steps and the clean write": Arm(replace(ROUTING, clean_write=True)),
     "routing, first half": Arm(replace(ROUTING, steps=None)),
+    "routing, first half, 5 own + 1 recent": Arm(replace(FIRST_HALF, clean_write=False)),
+    "routing, first half and the clean write": Arm(replace(ROUTING, steps=None, clean_write=True)),
+    "routing, first half and the clean write, 5 own + 1 recent": Arm(FIRST_HALF),
+    "routing, first half and the clean write, 6 own + 0 recent": Arm(replace(FIRST_HALF, routed_frames=6, recent=0)),
 }
 SEED = 20260
 
@@ -176,11 +182,12 @@ def measure(
     group: int,
     generator: StreamingGenerator,
     reward: RewardModel,
+    first_pivot: int = 0,
 ) -> Spread:
-    """Roll out one arm and measure every group."""
+    """Roll out one arm and measure every group. first_pivot: number of the first drawn pivot, for other draws."""
     rewards: dict[str, list[Tensor]] = {name: [] for name in reward.signals}
     parts, features = [], []
-    for pivot in range(pivots):
+    for pivot in range(first_pivot, first_pivot + pivots):
         plans = plans_of(arm, captions, group, pivot, generator.recipe)
         videos: VideoBatch = decode_tape(generator, roll_out(generator, plans, Consistency()))
         scores = reward.score(videos)

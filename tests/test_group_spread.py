@@ -110,4 +110,4 @@ def test_the_command_writes_what_it_prints(tmp_path, capsys, monkeypatch: pytest
     printed = capsys.readouterr().out.strip()
     assert page.read_text().strip().endswith(printed)
     assert "python -m benchmarks.group_spread --captions 2 --pivots 1 --group 2" in page.read_text()
-    assert printed.count("| routing, first half") == 3
+    assert printed.count("| routing, first half |") == 3

@@ -16,6 +16,7 @@ same for all groups of a step, and a branch's frames are drawn independently of 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import comb
 
 import torch
 
@@ -58,10 +59,32 @@ class IndependentDraws(RouteDraw):
     """Uniform without replacement, each branch for itself: the paper's draw."""
 
     def draw(self, pool: Sequence[int], frames: int, branches: int, streams: Streams) -> list[tuple[int, ...]]:
-        return [
-            tuple(sorted(pool[i] for i in torch.randperm(len(pool), generator=streams(b))[:frames].tolist()))
-            for b in range(branches)
-        ]
+        return [uniform_route(pool, frames, streams(b)) for b in range(branches)]
+
+
+@dataclass(frozen=True)
+class DistinctDraws(RouteDraw):
+    """`IndependentDraws` without twins: siblings share all noise, so equal routes are one clip that counts twice."""
+
+    def draw(self, pool: Sequence[int], frames: int, branches: int, streams: Streams) -> list[tuple[int, ...]]:
+        if comb(len(pool), frames) < branches:
+            raise ValueError(
+                f"a pool of {len(pool)} frames has fewer than {branches} routes of {frames} frames; give it a longer "
+                f"history, lower group_size or routed_frames, or set CausalHistoryRouting.draw = IndependentDraws()"
+            )
+        routes: list[tuple[int, ...]] = []
+        for branch in range(branches):
+            random = streams(branch)
+            route = uniform_route(pool, frames, random)
+            while route in routes:
+                route = uniform_route(pool, frames, random)
+            routes.append(route)
+        return routes
+
+
+def uniform_route(pool: Sequence[int], frames: int, random: torch.Generator) -> tuple[int, ...]:
+    """``frames`` different ids of the pool, every choice alike, ascending."""
+    return tuple(sorted(pool[i] for i in torch.randperm(len(pool), generator=random)[:frames].tolist()))
 
 
 @dataclass(frozen=True)
