@@ -39,6 +39,10 @@ PARTS = [
     # generators
     "embedded = backbones.embedded.generator",
     "recache = backbones.recache",
+    # the papers' claims
+    "claim.Claim = framework.claims:Claim",
+    "claim.HeldOutDifference = framework.claims:HeldOutDifference",
+    "miniature = benchmarks.claims",
     # the framework's own
     "adapters = framework.adapters",
     "advantages = framework.advantages",
@@ -46,9 +50,13 @@ PARTS = [
     "anchored_advantages = framework.anchored_advantages",
     "block_weights = framework.block_weights",
     "evaluation.HeldOut = framework.evaluation:HeldOut",
+    "distribution.Distribution = framework.distributed:Distribution",
     "kernels = framework.kernels",
+    "mirrors = framework.reporting.mirrors",
+    "nonfinite = framework.nonfinite",
     "optimization = framework.optimization",
     "pooling = framework.pooling",
+    "precision = framework.precision",
     "raven_advantages = framework.raven_advantages",
     "reference = framework.reference",
     "optimization.AdamW = framework.optimization:AdamW",
@@ -70,6 +78,7 @@ setup(
         include=[
             *("framework", "framework.*", "strategies", "strategies.*", "backbones", "backbones.*"),
             *("rewards", "rewards.*", "theory_checks", "theory_checks.*", "configs"),
+            *("benchmarks", "benchmarks.*"),  # `armillary claims` measures with them
         ]
     ),
     include_package_data=False,
@@ -88,11 +97,13 @@ setup(
         "pillow>=11,<14",
         "matplotlib>=3.9,<4",
         "tqdm>=4.66,<5",
+        "packaging>=24",
         "ftfy>=6.2,<7",
         "hypothesis>=6.120,<7",
         "pytest>=8,<10",
     ],
     extras_require={
+        "wandb": ["wandb>=0.19,<1"],
         "dev": [
             "build>=1.2,<2",
             "import-linter>=2.3,<3",

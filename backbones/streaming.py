@@ -5,11 +5,13 @@ attention does not see). The clean half runs first and hands its keys and values
 history is one ``no_grad`` and saves the backward pass through it.
 """
 
+import sys
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +23,9 @@ from backbones.visible import LayerKV, VisibleKV
 from backbones.wan.transformer import CausalWanTransformer3DModel, TextKV, wide_dtype
 from framework.flow import expand_sigma, velocity_from_x0
 from framework.interfaces import GeneratorRecipe, StreamingGenerator
-from framework.types import Probes, Visible
+from framework.memory_estimate import NetworkDimensions
+from framework.precision import AsWeights, Precision
+from framework.types import GroupPlan, Probes, Visible
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,10 @@ class WanStreamingGenerator(StreamingGenerator[WanStream]):
     """The causal Wan transformer as a `StreamingGenerator`.
 
     network: the transformer. policy: which history a block sees; the same object serves rollout, replay and export.
-    recache: what a prompt switch does to the stored past, LongLive's by default.
+    recache: what a prompt switch does to the stored past, LongLive's by default. precision: of the network's calls.
     """
+
+    forward_methods = ("text_kv",)
 
     def __init__(
         self,
@@ -74,18 +80,30 @@ class WanStreamingGenerator(StreamingGenerator[WanStream]):
         recipe: GeneratorRecipe,
         policy: HistoryPolicy,
         recache: Recache | None = None,
+        precision: Precision | None = None,
     ) -> None:
         self.network: CausalWanTransformer3DModel = network  # pyright: ignore[reportIncompatibleVariableOverride]
         self.recipe = recipe
         self.policy = policy
         self.recache = recache or JointRecache()
+        self.precision = precision or AsWeights()
+
+    def _ask(self, x: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, tuple[LayerKV, ...]]:
+        """One call of the network, in its precision."""
+        with self.precision.around(x.device):
+            return self.network(x, *arguments, **options)
+
+    def _text(self, embeddings: Tensor) -> TextKV:
+        """Text K/V, in the network's precision."""
+        with self.precision.around(embeddings.device):
+            return self.network.text_kv(embeddings)
 
     @abstractmethod
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Padded text embeddings [P, L, text_dim]; rows after the prompt's length are zero."""
 
     def open(self, prompts: Sequence[str], resident: int = 0, switches: bool = False) -> WanStream:
-        text = self.network.text_kv(self.encode_text(prompts))
+        text = self._text(self.encode_text(prompts))
         return WanStream(KVHistory(), text, len(prompts), self.policy, resident, CleanPast() if switches else None)
 
     def fork(self, stream: WanStream, branches: int) -> WanStream:
@@ -108,7 +126,7 @@ class WanStreamingGenerator(StreamingGenerator[WanStream]):
                 f"{type(self.recache).__name__} moves the sink, but only {len(owners)} of {count} prompts switch at "
                 f"frame {start}; let all scenes of a rollout switch together, or set recache=JointRecache()"
             )
-        text = self.network.text_kv(self.encode_text([prompt for prompt in prompts if prompt is not None]))
+        text = self._text(self.encode_text([prompt for prompt in prompts if prompt is not None]))
         each = stream.batch // count
         rows = None if len(owners) == count else [each * owner + i for owner in owners for i in range(each)]
         history = stream.history
@@ -121,6 +139,32 @@ class WanStreamingGenerator(StreamingGenerator[WanStream]):
         text = text if rows is None else replaced_text(stream.text, owners, text)
         return replace(stream, history=history, text=text, policy=policy, memo={})
 
+    def check_plan(self, plan: GroupPlan) -> None:
+        """Raises ValueError for routes with a longer sink than the history policy keeps, and behind a sink that moves.
+
+        The first frames of a stream are the policy's to keep: those that it drops once the window has rolled are gone,
+        and a route that names them would find them in the first steps of a run and not in a later one.
+        """
+        sink = max((branch.route.sink for branch in plan.branches if branch.route is not None), default=None)
+        if sink is None:
+            return
+        kept = next((frame for frame in range(sink) if not self.policy.retains(frame, sys.maxsize)), sink)
+        if kept < sink:
+            raise ValueError(
+                f"CausalHistoryRouting.sink={sink}: routes would show the first {sink} frames of a stream, but "
+                f"{type(self.policy).__name__} keeps {kept} of them; set sink to at most {kept}"
+            )
+        first, size = plan.first_block * self.recipe.block_frames, self.recipe.block_frames
+        for start in (segment.start for segment in plan.scene.on_blocks(size).segments[1:]):
+            if start <= first and self.recache.moved(self.policy, start) != self.policy:
+                raise ValueError(f"{self._moved_sink()} (the prompt switches at frame {start})")
+
+    def _moved_sink(self) -> str:
+        return (
+            f"{type(self.recache).__name__} moved the sink that routes name; set recache=JointRecache() to explore by "
+            f"routing across prompt switches"
+        )
+
     def _reencode(
         self, part: CleanPass, history: KVHistory, clean: CleanPast, text: TextKV, rows: Sequence[int] | None
     ) -> tuple[Tensor, Sequence[LayerKV]]:
@@ -131,7 +175,7 @@ class WanStreamingGenerator(StreamingGenerator[WanStream]):
         past = None
         if part.past:
             past = history.view(part.past) if rows is None else history.route([part.past] * len(rows), rows, batch)
-        return self.network(x, self._timesteps(x, 0.0), text, plan=part.plan, past=past, return_kv=True)
+        return self._ask(x, self._timesteps(x, 0.0), text, plan=part.plan, past=past, return_kv=True)
 
     def predict(self, x: Tensor, sigma: float, stream: WanStream, visible: Visible | None = None) -> Tensor:
         outputs = []
@@ -139,7 +183,7 @@ class WanStreamingGenerator(StreamingGenerator[WanStream]):
         for visit in visits:
             part = visit.of(x)
             time = self._timesteps(part, 1000 * sigma)
-            outputs.append(self.network(part, time, visit.text, plan=visit.plan, past=visit.past)[0])
+            outputs.append(self._ask(part, time, visit.text, plan=visit.plan, past=visit.past)[0])
         output = in_row_order(visits, outputs).to(x.dtype)
         return self._velocity(output, x, torch.full((), sigma, dtype=x.dtype, device=x.device))
 
@@ -149,7 +193,7 @@ class WanStreamingGenerator(StreamingGenerator[WanStream]):
         for visit in visits:
             part = visit.of(x0)
             time = self._timesteps(part, 0.0)
-            _, kv = self.network(part, time, visit.text, plan=visit.plan, past=visit.past, return_kv=True)
+            _, kv = self._ask(part, time, visit.text, plan=visit.plan, past=visit.past, return_kv=True)
             written.append(kv)
         kv = [
             (in_row_order(visits, [k for k, _ in layer]), in_row_order(visits, [v for _, v in layer]))
@@ -180,10 +224,7 @@ class WanStreamingGenerator(StreamingGenerator[WanStream]):
         if visible is None or all(frames is None for frames in visible):
             return (Visit(None, plan, stream.history.view(canonical), stream.text),)
         if policy != self.policy:
-            raise ValueError(
-                f"{type(self.recache).__name__} moved the sink that routes name; set recache=JointRecache() to explore "
-                f"by routing across prompt switches"
-            )
+            raise ValueError(self._moved_sink())
         if len(visible) != stream.batch:
             raise ValueError(f"visible gives frames for {len(visible)} clips, the stream holds {stream.batch}")
         seen = [canonical if frames is None else frames for frames in visible]
@@ -249,7 +290,7 @@ class WanStreamingGenerator(StreamingGenerator[WanStream]):
         clean = probes.clean[:, :, : plan.frames]
         timestep = torch.zeros(clean.shape[0], dtype=wide_dtype(clean), device=clean.device)
         view = stream.history.view(past) if past else None
-        _, kv = self.network(clean, timestep, stream.text, plan=plan, past=view, return_kv=True)
+        _, kv = self._ask(clean, timestep, stream.text, plan=plan, past=view, return_kv=True)
         return stream.history.commit(kv)
 
     def _predict_noisy(self, probes: Probes, stream: WanStream) -> Tensor:
@@ -262,9 +303,25 @@ class WanStreamingGenerator(StreamingGenerator[WanStream]):
         view = history.view(past) if past else None
         widest = torch.promote_types(sigma.dtype, wide_dtype(x))  # a float64 σ is rounded once, as timestep
         timestep = (1000 * sigma.to(widest)).to(wide_dtype(x))
-        output, _ = self.network(x, timestep, stream.text, plan=plan, past=view)
+        output, _ = self._ask(x, timestep, stream.text, plan=plan, past=view)
         velocity = self._velocity(output.to(x.dtype), x, expand_sigma(sigma.to(x.dtype)))
         return velocity.unflatten(2, (streams, -1)).transpose(1, 2)
+
+    def dimensions(self, prompt: str) -> NetworkDimensions:
+        config, block = self.network.config, self.recipe.block_frames
+        _, height, width = self.recipe.latent
+        _, p_h, p_w = config["patch_size"]
+        far = 1000 * block
+        seen = len(self.policy.visible(far, block))
+        return NetworkDimensions(
+            layers=config["num_layers"],
+            width=config["num_attention_heads"] * config["attention_head_dim"],
+            ffn_width=config["ffn_dim"],
+            tokens=(height // p_h) * (width // p_w),
+            text_tokens=self.encode_text([prompt]).shape[1],
+            window=None if seen == far else seen + block,
+            checkpointing=bool(self.network.gradient_checkpointing),
+        )
 
     def _velocity(self, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         return output if self.recipe.prediction == "velocity" else velocity_from_x0(x, output, sigma)

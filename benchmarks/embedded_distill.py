@@ -67,9 +67,8 @@ def launch(run: Run, extra: Sequence[str]) -> None:
     bindings = [word for line in (*ARMS[run.arm], *extra) for word in ("--gin_param", line)]
     command = [sys.executable, "-m", "framework", "distill", "--gin_file", "embedded/distill.gin", *bindings,
                "--seed", str(run.seed), "--output_dir", str(run.folder)]  # fmt: skip
-    resume = ["--resume"] if (run.folder / "state.pt").is_file() else []
-    with log.open("a") as out:
-        done = subprocess.run([*command, *resume], stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    with log.open("a") as out:  # an interrupted run goes on
+        done = subprocess.run(command, stdout=out, stderr=out, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise SystemExit(f"{run.arm}, seed {run.seed} failed, see {log}")
 

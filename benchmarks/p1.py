@@ -29,6 +29,7 @@ from framework.adapters import LoRA
 from framework.advantages import GroupCentred
 from framework.compatibility import check_recipe
 from framework.data.scenes import ShapesCaptions
+from framework.distributed import World
 from framework.interfaces import RewardModel, SurrogatePolicy
 from framework.optimization import AdamW, Constant
 from framework.policies import Policies
@@ -152,6 +153,7 @@ def build_trainer(
     blocks: int,
     stream_blocks: int | None = None,
     surrogate: SurrogatePolicy | None = None,
+    world: World | None = None,
 ) -> Trainer:
     """A trainer whose every view costs a pass once its first step is done; its window ends the stream."""
     exploration = NoiseEndpoint(group, stream_blocks or blocks, blocks, Last())
@@ -173,6 +175,7 @@ def build_trainer(
         prompts_per_step=prompts,
         updates_per_rollout=1,
         micro_batch_size=prompts * group,
+        world=world or World(),
     )
     trainer.step()  # from here on current, behaviour and reference differ
     return trainer

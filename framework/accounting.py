@@ -2,13 +2,39 @@
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from framework.types import Advantage, Scores
+from framework.types import Advantage, GroupPlan, Scores
 
 Scalars = dict[str, Tensor | float]
+
+
+@dataclass(frozen=True)
+class GroupCount:
+    """Who is rolled out in a group, and how a reader is told. branches: explore. anchors: explore nothing, on top."""
+
+    branches: int
+    anchors: int
+
+    @classmethod
+    def of(cls, plan: GroupPlan) -> "GroupCount":
+        """Counted in a plan; all plans of a rollout are alike in this."""
+        anchors = sum(branch.anchor for branch in plan.branches)
+        return cls(len(plan.branches) - anchors, anchors)
+
+    @property
+    def clips(self) -> int:
+        """All of them are generated, decoded and scored."""
+        return self.branches + self.anchors
+
+    def arithmetic(self, prompts: int) -> str:
+        """``6 prompts × (8 branches + 1 anchor) = 54 clips``; without anchors ``6 prompts × 8 branches = 48 clips``."""
+        anchors = f"{self.anchors} anchor{'s' if self.anchors > 1 else ''}"
+        group = f"({self.branches} branches + {anchors})" if self.anchors else f"{self.branches} branches"
+        return f"{prompts} prompts × {group} = {prompts * self.clips} clips"
 
 
 class Stopwatch:

@@ -4,6 +4,7 @@ PEFT injects the LoRA layers; nothing wraps the network, so no attribute can be 
 """
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,10 +51,13 @@ class LoRA(Adaptation):
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"LoRA.rank must be at least 1, got {self.rank}")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise ValueError(f"LoRA.alpha must be positive and finite, got {self.alpha}; at 0 an adapter does nothing")
 
     def attach(self, network: nn.Module, seed: int) -> dict[str, nn.Parameter]:
         """Raises ValueError when no module matches, and when something else than adapters would train."""
         network.requires_grad_(False)
+        self._check_targets(network)
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.rank if self.alpha is None else self.alpha,  # pyright: ignore[reportArgumentType]
@@ -62,16 +66,7 @@ class LoRA(Adaptation):
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # PEFT initialises from the global stream
-            try:
-                inject_adapter_in_model(config, network, adapter_name=ADAPTER)
-            except ValueError as error:
-                names = sorted(
-                    {name.rsplit(".", 1)[-1] for name, m in network.named_modules() if isinstance(m, nn.Linear)}
-                )
-                raise ValueError(
-                    f"LoRA.target_modules={list(self.target_modules)} matches no module of "
-                    f"{type(network).__name__}; its linear layers end in {names}"
-                ) from error
+            inject_adapter_in_model(config, network, adapter_name=ADAPTER)
         trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
         strangers = [name for name in trained if ".lora_A." not in name and ".lora_B." not in name]
         if strangers or not trained:
@@ -79,6 +74,17 @@ class LoRA(Adaptation):
         for parameter in trained.values():
             parameter.data = parameter.data.float()  # bf16 adapters stop moving at lr 1e-5
         return trained
+
+    def _check_targets(self, network: nn.Module) -> None:
+        """Raises ValueError where a target names no module: PEFT would leave that one out in silence."""
+        modules = dict(network.named_modules())
+        idle = [t for t in self.target_modules if not any(name == t or name.endswith(f".{t}") for name in modules)]
+        if idle or not self.target_modules:
+            ends = {name.rsplit(".", 1)[-1] for name, module in modules.items() if isinstance(module, nn.Linear)}
+            raise ValueError(
+                f"LoRA.target_modules={list(self.target_modules)}: {idle or 'nothing'} names no module of "
+                f"{type(network).__name__}; its linear layers end in {sorted(ends)}"
+            )
 
     def save(self, network: nn.Module, folder: Path) -> None:
         folder.mkdir(parents=True)

@@ -60,7 +60,9 @@ def floored(std: Tensor, floor: float) -> Tensor:
 
 
 def clip_symmetric(values: Tensor, limit: float | None) -> Tensor:
-    """Clip to ±limit; None leaves the values alone."""
+    """Clip to ±limit; None leaves the values alone. Raises ValueError for a limit that leaves nothing."""
+    if limit is not None and not limit > 0:
+        raise ValueError(f"clip={limit} of the advantage rule must be positive, or None for no clipping")
     return values if limit is None else values.clamp(-limit, limit)
 
 
@@ -79,6 +81,8 @@ def resolve_weights(weights: Mapping[str, float] | None, names: Sequence[str]) -
             f"weights {dict(weights)} weigh nothing; give one of the signals {list(names)} a weight other than 0, "
             f"or leave it None"
         )
+    if not all(math.isfinite(weight) for weight in weights.values()):
+        raise ValueError(f"weights {dict(weights)} must be finite")
     if unknown:
         raise ValueError(f"weights name the reward signals {unknown}, but the reward gives {list(names)}")
     return dict(weights)

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import NoReturn
 from framework import __version__
 from framework.config.registry import ConfigError, Part, Registry, did_you_mean, first_sentence, interface, one_line
 from framework.config.signatures import EMPTY, spell
+from framework.interruption import Stopped
 
 COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "train": (
         "align a streaming generator with a reward",
-        ("output_dir", "max_steps", "seed", "device", "dry_run"),
+        ("output_dir", "max_steps", "seed", "device", "resume", "dry_run"),
     ),
     "evaluate": (
         "score a generator on held-out scenes with fixed noise",
@@ -32,6 +34,10 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
         "make a few-step student of a teacher on the student's own rollouts",
         ("output_dir", "max_steps", "seed", "device", "resume", "dry_run"),
     ),
+    "claims": (
+        "test the papers' claims at toy scale and print them as one table",
+        ("output_dir", "only", "seeds", "parallel"),
+    ),
 }
 """What a command does, and the parameters of its function that have a flag of their own."""
 
@@ -41,14 +47,29 @@ FLAGS: dict[str, dict] = {
     "seed": {"metavar": "N", "type": int, "help": "seed of everything random"},
     "device": {"metavar": "NAME", "help": "torch device, e.g. cpu or cuda"},
     "dry_run": {"action": "store_true", "help": "build and check everything, train one step, write nothing"},
-    "resume": {"action": "store_true", "help": "continue the run in output_dir"},
+    "resume": {
+        "nargs": "?",
+        "const": "auto",
+        "metavar": "auto|never|PATH",
+        "help": "continue the unfinished run in output_dir (auto, the default), take a new folder only (never), or "
+        "continue from a checkpoint or from the newest of a run",
+    },
     "adapter": {"metavar": "FOLDER", "help": "trained adapter to put on the generator"},
     "prompts": {"metavar": "TEXT", "action": "append", "help": "what to show (repeatable)"},
     "prompt_file": {"metavar": "FILE", "help": "text file with one prompt per line"},
+    "only": {"metavar": "NAME", "action": "append", "help": "test this claim alone (repeatable)"},
+    "seeds": {"metavar": "N", "type": int, "help": "runs of everything that is compared"},
+    "parallel": {"metavar": "N", "type": int, "help": "runs at a time, one thread each"},
 }
+
+DEFAULT_FILES = {"claims": "claims.gin"}
+"""The packaged configuration of a command that runs without a ``--gin_file``."""
 
 COMPARE_FLAGS = ("arms", "output_dir", "seeds", "samples", "parallel", "device")
 """Parameters of `compare` that have a flag of their own."""
+
+DOCTOR_FLAGS = ("output_dir", "device")
+"""Parameters of `doctor` that have a flag of their own."""
 
 PACKAGES = ("framework", "strategies", "backbones", "rewards", "configs")
 
@@ -94,6 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
         for parameter in flags:
             command.add_argument(flag_of(parameter), dest=parameter, default=None, **FLAGS[parameter])
     add_compare(commands)
+    add_doctor(commands)
     listing = commands.add_parser("list", help="show the parts and the packaged configurations", allow_abbrev=False)
     what = listing.add_mutually_exclusive_group()
     what.add_argument("name", nargs="?", help="show one part with its parameters, e.g. nft.NFT")
@@ -130,6 +152,38 @@ def add_compare(commands: "argparse._SubParsersAction[_Parser]") -> None:
     compare.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
+def add_doctor(commands: "argparse._SubParsersAction[_Parser]") -> None:
+    """The one command that runs with a configuration of another, and without any."""
+    purpose = "check this machine, and what training with a configuration would take"
+    check = commands.add_parser("doctor", help=purpose, description=purpose, allow_abbrev=False)
+    check.add_argument(
+        "--gin_file", action="append", default=[], metavar="FILE", help="configuration of `armillary train`"
+    )
+    check.add_argument(
+        "--gin_param", "--gin_bindings", action="append", default=[], metavar="BINDING",
+        help="one gin line that overrides the files (repeatable)",
+    )  # fmt: skip
+    check.add_argument(
+        "--plugin", action="append", default=[], metavar="MODULE", help="module or .py file with parts of yours"
+    )
+    check.add_argument("--output_dir", metavar="FOLDER", help="where a run would write (default runs/)")
+    check.add_argument("--device", default="cpu", metavar="NAME", help="torch device, e.g. cpu or cuda")
+    check.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def run_doctor(options: argparse.Namespace) -> int:
+    """Print what the machine and a configuration need. Raises ValueError where torch itself cannot be loaded."""
+    try:
+        from framework.commands.doctor import doctor
+    except Exception as error:  # a broken installation fails at import, with any kind of error
+        raise ValueError(
+            f"armillary cannot be loaded: {type(error).__name__}: {one_line(error)}; install it again into a fresh "
+            f"environment"
+        ) from error
+    flags = {name: getattr(options, name) for name in DOCTOR_FLAGS}
+    return doctor(**flags, gin_files=options.gin_file, gin_params=options.gin_param, plugins=options.plugin)
+
+
 def run_compare(options: argparse.Namespace) -> None:
     """Train, judge and report the arms."""
     from framework.commands.compare import compare
@@ -144,26 +198,34 @@ def flag_of(parameter: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns 0, 2 for a wrong configuration or command line, 1 for a failure, 130 for Ctrl-C.
+    """Run a command. Returns 0, 2 for a wrong configuration or command line, 1 for a failure, 130 for Ctrl-C and 143
+    for SIGTERM.
 
     What a user can cause is one line on stderr; ``--debug`` shows the traceback as well.
     """
     parser = build_parser()
     options, unknown = parser.parse_known_args(argv)
     if unknown:
-        flags = COMPARE_FLAGS if options.command == "compare" else COMMANDS.get(options.command, ("", ()))[1]
+        own = {"compare": COMPARE_FLAGS, "doctor": DOCTOR_FLAGS}
+        flags = own[options.command] if options.command in own else COMMANDS.get(options.command, ("", ()))[1]
         known = ["--gin_file", "--gin_param", "--plugin", "--debug", *map(flag_of, flags)]
         near = did_you_mean(unknown[0].split("=")[0], known)
         parser.error(f"{options.command}: unrecognized argument {unknown[0]!r}{near}")
     try:
         refuse_shadowed_packages()
+        refuse_several_ranks(options.command)
         if options.command == "list":
             show_list(options.name, options.plugin, options.compat)
         elif options.command == "compare":
             run_compare(options)
+        elif options.command == "doctor":
+            return run_doctor(options)
         else:
             run_command(options)
         return 0
+    except Stopped as stopped:
+        print(f"armillary: {stopped}", file=sys.stderr)
+        return stopped.exit_code
     except KeyboardInterrupt:
         print("armillary: interrupted", file=sys.stderr)
         return 130
@@ -180,7 +242,8 @@ def run_command(options: argparse.Namespace) -> None:
     """Read the configuration of a command and run it."""
     from framework.config.load import load_config
 
-    if not options.gin_file and not options.gin_param:
+    files = options.gin_file or [DEFAULT_FILES[name] for name in (options.command,) if name in DEFAULT_FILES]
+    if not files and not options.gin_param:
         raise ConfigError(f"{options.command} needs a --gin_file; `armillary list` shows the packaged ones")
     flags = {name: getattr(options, name) for name in COMMANDS[options.command][1]}
     given = {
@@ -188,7 +251,7 @@ def run_command(options: argparse.Namespace) -> None:
     }
     load_config(
         options.command,
-        gin_files=options.gin_file,
+        gin_files=files,
         gin_params=options.gin_param,
         plugins=options.plugin,
         flags=given,
@@ -203,6 +266,13 @@ def _report(error: Exception, code: int, debug: bool) -> int:
     hint = "" if debug or code == 2 else " (--debug shows where)"
     print(f"armillary: error: {one_line(error)}{hint}", file=sys.stderr)
     return code
+
+
+def refuse_several_ranks(command: str) -> None:
+    """Started by torchrun, other commands than ``train`` would write the same files several times."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    if command != "train" and ranks != "1":
+        raise ConfigError(f"{command} is one process and was started as {ranks}; start it without torchrun")
 
 
 def refuse_shadowed_packages() -> None:

@@ -1,9 +1,16 @@
 """Which parts fit together: everything a part reads must have been written upstream."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from framework.interfaces import AdvantageRule, ExplorationStrategy, Regularizer, RewardModel, SurrogatePolicy
+from framework.interfaces import (
+    AdvantageRule,
+    ExplorationStrategy,
+    Regularizer,
+    RewardModel,
+    Schedule,
+    SurrogatePolicy,
+)
 from framework.policies import REFERENCE
 from framework.records import Record
 from framework.reference import ReferenceSchedule
@@ -23,17 +30,20 @@ def missing_records(reads: Iterable[type[Record]], written: Iterable[type[Record
 class Gap:
     """Records that a part reads and nobody before it writes; as text, the reason for a refusal in one line.
 
-    writers: who could have written them, and what each of them does write.
+    writers: who could have written them, and what each of them does write. unasked: views without which the missing
+    records are not written although somebody can.
     """
 
     reader: str
     missing: tuple[type[Record], ...]
     writers: tuple[tuple[str, frozenset[type[Record]]], ...]
+    unasked: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         wanted = " and ".join(f"{record.__name__} ({_meaning(record)})" for record in self.missing)
         offers = " and ".join(f"{writer} writes {_named(written)}" for writer, written in self.writers)
-        return f"{self.reader} reads {wanted}, but {offers}"
+        remedy = f"; add {list(self.unasked)} to {self.reader}.views, and it is measured" if self.unasked else ""
+        return f"{self.reader} reads {wanted}, but {offers}{remedy}"
 
 
 def surrogate_gap(exploration: ExplorationStrategy, surrogate: SurrogatePolicy) -> Gap | None:
@@ -49,9 +59,18 @@ def advantage_gap(exploration: ExplorationStrategy, advantage: AdvantageRule) ->
 def regularizer_gap(
     exploration: ExplorationStrategy, surrogate: SurrogatePolicy, regularizer: Regularizer
 ) -> Gap | None:
-    """What surrogate and rollout lack for the regularizer; None where they fit."""
-    learned = (type(surrogate).__name__, surrogate.writes)
-    return _gap(regularizer, regularizer.reads, learned, (_how(exploration), exploration.writes()))
+    """What surrogate and rollout lack for the regularizer; None where they fit.
+
+    A surrogate writes only what the views of the two of them let it measure.
+    """
+    asked = surrogate.views | regularizer.views
+    measured = frozenset(record for record in surrogate.writes if record.views <= asked)
+    learned = (type(surrogate).__name__, measured)
+    gap = _gap(regularizer, regularizer.reads, learned, (_how(exploration), exploration.writes()))
+    if gap is None or missing_records(gap.missing, surrogate.writes):
+        return gap  # no view would help
+    silent = [record for record in surrogate.writes - measured if issubclass(record, gap.missing)]
+    return replace(gap, unasked=tuple(sorted(frozenset().union(*(record.views for record in silent)) - asked)))
 
 
 def check_recipe(
@@ -76,6 +95,28 @@ def check_signals(regularizer: Regularizer, reward: RewardModel) -> None:
             f"{type(regularizer).__name__} reads the reward signals {missing}, but {type(reward).__name__} gives "
             f"{list(reward.signals)}"
         )
+
+
+def check_updates(
+    surrogate: SurrogatePolicy, updates_per_rollout: int, behaviour_decay: Schedule, max_steps: int
+) -> None:
+    """Raises IncompatibleRecipe where a surrogate without a ratio would learn from clips that another policy made."""
+    if not surrogate.on_policy:
+        return
+    lag = next((step for step in range(max_steps) if behaviour_decay(step) != 0), None)
+    if updates_per_rollout > 1:
+        cause = f"train.updates_per_rollout={updates_per_rollout} goes on after the first has moved it: set it to 1"
+    elif lag is not None:
+        cause = (
+            f"train.behaviour_decay={type(behaviour_decay).__name__} gives {behaviour_decay(lag):g} at step {lag}, "
+            f"from where on rollouts come from a policy that lags: set @optimization.Constant()"
+        )
+    else:
+        return
+    raise IncompatibleRecipe(
+        f"{type(surrogate).__name__} has no ratio to the policy that made the clips and is biased once the trained one "
+        f"is another; {cause}, or take a surrogate that has one, such as GaussianRatio"
+    )
 
 
 def check_reference(schedule: ReferenceSchedule, surrogate: SurrogatePolicy, regularizer: Regularizer) -> None:

@@ -175,10 +175,16 @@ def compatibility_table(parts: Mapping[str, Part]) -> str:
         for one in axes.regularizers
         if one.part.signals
     ]
+    alone = [
+        f"{one.name} has no ratio to the policy that made the clips: train.updates_per_rollout must be 1 and "
+        f"train.behaviour_decay 0 at every step"
+        for one in axes.surrogates
+        if one.part.on_policy
+    ]
     sections = {
         "What fits": [*fitting(axes), "", *admitted_rules(axes)],
         "What is refused, and why": bullets(refused(axes)),
-        "What else a run asks for": bullets(signals),
+        "What else a run asks for": bullets([*signals, *alone]),
         "Not in the tables": bullets(axes.left_out),
     }
     return "\n".join("\n".join([f"## {title}", "", *lines, ""]) for title, lines in sections.items() if lines).rstrip()

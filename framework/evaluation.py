@@ -7,18 +7,20 @@ import torch
 from torch import Tensor
 
 from framework.data.scenes import SceneSource
+from framework.distributed import World
 from framework.interfaces import ControlVideos, GeneratorRecipe, RewardModel, StreamingGenerator
 from framework.kernels import Consistency, TransitionKernel
 from framework.records import Endpoints
 from framework.reporting.progress import progress
-from framework.rng import derive_seed
+from framework.rng import check_seed, derive_seed
 from framework.rollout import roll_out
 from framework.types import BranchPlan, GroupPlan, Scene, Scores, Tape, VideoBatch, Window
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """scores: per signal [scenes, members], NaN where a score was invalid. videos: the first member of each scene."""
+    """scores: per signal [scenes, members], NaN where a score was invalid. videos: the first member of each scene, on
+    ranks other than the first of this rank's scenes."""
 
     scores: dict[str, Tensor]
     videos: VideoBatch
@@ -53,15 +55,20 @@ class HeldOut:
     def __post_init__(self) -> None:
         if len(self.scenes.scenes()) < 2:
             raise ValueError("HeldOut.scenes needs at least 2 scenes: intervals are clustered by scene")
+        check_seed(self.seed, "HeldOut.seed")
+        if self.blocks is not None and self.blocks < 1:
+            raise ValueError(f"HeldOut.blocks must be at least 1, or None for the recipe's clip, got {self.blocks}")
         for name, low in (("members", 1), ("clips_per_batch", 1), ("every", 0), ("first_block", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"HeldOut.{name} must be at least {low}, got {getattr(self, name)}")
 
-    def judge(self, generator: StreamingGenerator, description: str = "evaluating") -> EvaluationResult:
-        """Evaluate the policy in force."""
+    def judge(
+        self, generator: StreamingGenerator, description: str = "evaluating", world: World | None = None
+    ) -> EvaluationResult:
+        """Evaluate the policy in force. world: whose ranks share the scenes; all of them get all scores."""
         return evaluate_policy(
             generator, self.reward, self.scenes.scenes(), self.members, self.seed, self.blocks, self.first_block,
-            clips_per_batch=self.clips_per_batch, description=description,
+            clips_per_batch=self.clips_per_batch, description=description, world=world,
         )  # fmt: skip
 
 
@@ -131,11 +138,14 @@ def evaluate_policy(
     kernel: TransitionKernel | None = None,
     clips_per_batch: int = 48,
     description: str = "evaluating",
+    world: World | None = None,
 ) -> EvaluationResult:
     """Generate ``members`` clips per scene under the policy in force and score them. Equal for any batch size."""
     blocks = generator.recipe.clip_blocks if blocks is None else blocks
-    plans = evaluation_plans(scenes, members, seed, blocks, first_block)
-    per_batch = max(1, clips_per_batch // members) * (len(plans) // len(scenes))
+    world = world or World()
+    own = world.own(scenes)
+    plans = evaluation_plans(own, members, seed, blocks, first_block)
+    per_batch = max(1, clips_per_batch // members) * (len(plans) // len(own))
     batches: list[Scores] = []
     shown: list[VideoBatch] = []
     for first in progress(range(0, len(plans), per_batch), description):
@@ -147,6 +157,11 @@ def evaluate_policy(
         name: torch.cat([torch.where(s.valid[name], s.values[name], torch.nan) for s in batches]).view(-1, members)
         for name in reward.signals
     }
-    frames = torch.cat([v.frames for v in shown])
-    windows = tuple(window for videos in shown for window in videos.windows)
+    scores = {name: world.gather(value, len(scenes)) for name, value in scores.items()}
+    frames, seen = torch.cat([v.frames for v in shown]), own
+    if (everything := world.gather_on_first(frames, len(scenes))) is not None:
+        frames, seen = everything, scenes
+    size = generator.recipe.block_frames
+    span = first_block * size, blocks * size, generator.recipe
+    windows = tuple(segment_windows(scene.on_blocks(size), *span) for scene in seen)
     return EvaluationResult(scores, VideoBatch(frames, shown[0].fps, windows))

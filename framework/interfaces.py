@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from framework.kernels import TransitionKernel
+from framework.memory_estimate import NetworkDimensions
 from framework.records import Record
 from framework.rng import Streams
 from framework.schedules import FewStepSchedule
@@ -90,6 +91,8 @@ class StreamingGenerator(ABC, Generic[S]):
     recipe: GeneratorRecipe
     network: nn.Module
     """The module that adapters are put on and gradients reach."""
+    forward_methods: ClassVar[tuple[str, ...]] = ()
+    """Methods of the network and its blocks that use weights and run outside of ``forward``; sharding asks for them."""
 
     @abstractmethod
     def open(self, prompts: Sequence[str], resident: int = 0, switches: bool = False) -> S:
@@ -110,6 +113,13 @@ class StreamingGenerator(ABC, Generic[S]):
         """The stream once the segments that start at its next frame are in force; scenes: as `Scene.on_blocks` cuts."""
         prompts = [scene.switch_at(stream.next_frame) for scene in scenes]
         return stream if all(prompt is None for prompt in prompts) else self.switch(stream, prompts)
+
+    def check_plan(self, plan: GroupPlan) -> None:
+        """Raises ValueError for a route that a stream of the plan's scene cannot show; a generator without such: never.
+
+        A switch after the window's first frame is not looked at: the window never meets it.
+        """
+        return None
 
     @abstractmethod
     def predict(self, x: Tensor, sigma: float, stream: S, visible: Visible | None = None) -> Tensor:
@@ -143,6 +153,10 @@ class StreamingGenerator(ABC, Generic[S]):
         need their past; its own pixels are not returned.
         """
 
+    def dimensions(self, prompt: str) -> NetworkDimensions | None:
+        """The sizes that a memory estimate needs, with a prompt of usual length; None where they are not known."""
+        return None
+
 
 class ExplorationStrategy(ABC):
     """How the branches of a group differ. Calls no network: a plan is data."""
@@ -171,6 +185,11 @@ class SurrogatePolicy(ABC):
     """Policies whose velocities `statistics` reads; others are never computed."""
     coupled: ClassVar[bool] = False
     """Whether a clip's loss depends on its siblings' statistics; then whole groups are gathered before `objective`."""
+    has_ratio: ClassVar[bool] = False
+    """Whether clips are weighed by an importance ratio to the behaviour policy, which is logged as ``ratio_mean``."""
+    on_policy: ClassVar[bool] = False
+    """Whether it is right only for clips of the very policy that is updated: it has no ratio to the one that made them.
+    Then a rollout serves one update, and the behaviour policy may not lag."""
 
     @property
     def fixed_probes(self) -> bool:
@@ -198,7 +217,21 @@ class SurrogatePolicy(ABC):
         return self.objective(self.statistics(views, probes), advantage)
 
 
-class RewardModel(ABC):
+class Remembering:
+    """What a part remembers from step to step; most remember nothing. A checkpoint holds it, so what is not here is
+    lost when a run is resumed."""
+
+    def state_dict(self) -> dict:
+        """Tensors, numbers, texts, None, and dicts, lists and tuples of them."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from `state_dict`."""
+        if state:
+            raise ValueError(f"{type(self).__name__} remembers nothing, but the state to load has {sorted(state)}")
+
+
+class RewardModel(Remembering, ABC):
     """What people want to see more of."""
 
     @property
@@ -210,6 +243,10 @@ class RewardModel(ABC):
     def score(self, videos: VideoBatch) -> Scores:
         """Score clips; no gradient. A clip that cannot be scored is invalid, not zero."""
 
+    def unavailable(self) -> str | None:
+        """Why it cannot score now, e.g. a service that does not answer, in one line; None where it can."""
+        return None
+
 
 class ControlVideos(ABC):
     """Videos whose score is known in advance: the ceiling and the floors that results are printed between."""
@@ -219,7 +256,7 @@ class ControlVideos(ABC):
         """Control videos by name, one clip per scene each."""
 
 
-class AdvantageRule(ABC):
+class AdvantageRule(Remembering, ABC):
     """From scores to advantages: inside groups, never across prompts."""
 
     reads: ClassVar[frozenset[type[Record]]] = frozenset()
@@ -232,7 +269,7 @@ class AdvantageRule(ABC):
         """
 
 
-class Regularizer(ABC):
+class Regularizer(Remembering, ABC):
     """What keeps the policy near a reference."""
 
     reads: ClassVar[frozenset[type[Record]]] = frozenset()
@@ -253,15 +290,6 @@ class Regularizer(ABC):
     @abstractmethod
     def penalty(self, objective: Objective, marks: Tensor | None) -> Tensor:
         """Per-clip penalty [N], already weighted, added to the objective's per-clip loss."""
-
-    def state_dict(self) -> dict:
-        """What `prepare` remembers from step to step; empty for most."""
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Continue from `state_dict`."""
-        if state:
-            raise ValueError(f"{type(self).__name__} remembers nothing, but the state to load has {sorted(state)}")
 
 
 class Schedule(ABC):

@@ -172,8 +172,8 @@ class DanceGRPO(EulerMaruyama):
 
 
 def _check_noise(name: str, value: float) -> None:
-    if value <= 0:
-        raise ValueError(f"{name} must be positive, got {value}; use Ode for a deterministic sampler")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value}; use Ode for a deterministic sampler")
 
 
 def gaussian_log_density(x: Tensor, mean: Tensor, std: float) -> Tensor:

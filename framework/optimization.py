@@ -1,12 +1,14 @@
 """The optimiser of the trained parameters and the schedules of numbers that change with the step."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from framework.interfaces import Schedule
+from framework.nonfinite import NonFinite
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,12 @@ class Ramp(Schedule):
     cap: float = 0.5
     start: int = 0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.rate < math.inf or not 0 <= self.cap <= 1:
+            raise ValueError(
+                f"Ramp.rate must be 0 or more and finite, cap lie in [0, 1], got {self.rate} and {self.cap}"
+            )
+
     def __call__(self, step: int) -> float:
         return min(max(0.0, self.rate * (step - self.start)), self.cap)
 
@@ -51,8 +59,17 @@ class AdamW:
     lr_warmup_steps: int = 0
 
     def __post_init__(self) -> None:
-        if self.learning_rate <= 0:
-            raise ValueError(f"AdamW.learning_rate must be positive, got {self.learning_rate}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"AdamW.learning_rate must be positive and finite, got {self.learning_rate}")
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ValueError(f"AdamW.beta1 and beta2 must lie in [0, 1), got {self.beta1} and {self.beta2}")
+        if not (0 < self.eps < math.inf and 0 <= self.weight_decay < math.inf):
+            raise ValueError(
+                f"AdamW.eps must be positive, weight_decay 0 or more, both finite; got {self.eps} and "
+                f"{self.weight_decay}"
+            )
+        if self.lr_warmup_steps < 0:
+            raise ValueError(f"AdamW.lr_warmup_steps must be 0 or more, got {self.lr_warmup_steps}")
         if self.max_grad_norm <= 0:
             raise ValueError(f"AdamW.max_grad_norm must be positive, got {self.max_grad_norm}; inf never clips")
 
@@ -66,14 +83,24 @@ class AdamW:
             foreach=True,
         )
 
-    def step(self, optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], update: int) -> dict[str, Tensor]:
-        """Clip, step, clear. Raises FloatingPointError for a non-finite gradient before any parameter moves."""
+    def step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        named: dict[str, nn.Parameter],
+        update: int,
+        terms: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Clip, step, clear. Raises NonFinite for a gradient, or a term of the loss, before any parameter moves."""
         # the norm before any clipping: a NaN norm would spread to all gradients and hide where it came from
         norm = nn.utils.get_total_norm([p.grad for p in named.values() if p.grad is not None])
-        if not bool(torch.isfinite(norm)):  # one read per optimiser step; the norm is logged anyway
-            bad = next((n for n, p in named.items() if p.grad is not None and not p.grad.isfinite().all()), "the norm")
-            raise FloatingPointError(
-                f"non-finite gradient in {bad} at update {update}; lower AdamW.learning_rate={self.learning_rate}"
+        watched = torch.stack([norm, *(value.detach().to(norm) for value in (terms or {}).values())])
+        if not bool(torch.isfinite(watched).all()):  # one read per optimiser step
+            gradient = next((n for n, p in named.items() if p.grad is not None and not p.grad.isfinite().all()), None)
+            found = [name for name, value in (terms or {}).items() if not bool(torch.isfinite(value))]
+            if gradient is not None or not found:
+                found.insert(0, f"gradient in {gradient or 'the norm'}")
+            raise NonFinite(
+                f"non-finite {', '.join(found)} at update {update}; lower AdamW.learning_rate={self.learning_rate}"
             )
         nn.utils.clip_grads_with_norm_(named.values(), self.max_grad_norm, norm)
         rate = self.learning_rate * min(1.0, (update + 1) / max(1, self.lr_warmup_steps))

@@ -16,6 +16,7 @@ from framework.adapters import Adaptation
 from framework.averaging import WeightAverage
 from framework.interfaces import Schedule, StreamingGenerator
 from framework.types import Loss, Objective, Probes
+from framework.weights import check_tensors
 
 CURRENT, BEHAVIOUR, REFERENCE, AVERAGE = "current", "behaviour", "reference", "average"
 
@@ -154,19 +155,28 @@ class Policies:
         self.sets[REFERENCE].update(self.parameters, 0.0)
         self._equal.add(REFERENCE)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Every value of every policy, as ``policy/parameter``; not copies."""
+        sets = {CURRENT: self.parameters} | {name: average.weights for name, average in self.sets.items()}
+        return {f"{policy}/{name}": value for policy, values in sets.items() for name, value in values.items()}
+
     def state_dict(self) -> dict[str, Any]:
-        """All sets by name and parameter name."""
+        """All sets by name and parameter name, and which of them equal the current one."""
         current = {name: p.detach().clone() for name, p in self.parameters.items()}
-        return {CURRENT: current} | {name: dict(s.weights) for name, s in self.sets.items()}
+        sets = {CURRENT: current} | {name: dict(s.weights) for name, s in self.sets.items()}
+        return sets | {"equal": sorted(self._equal)}
 
     @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Restore all sets; a missing one is an error."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore all sets. Raises KeyError for a missing one, ValueError for one of other names or shapes."""
+        for name in (CURRENT, *self.sets):
+            check_tensors(state[name], self.parameters, f"the saved {name} policy")
         for name, parameter in self.parameters.items():
             parameter.copy_(state[CURRENT][name])
         for name in self.sets:
-            self.sets[name].update(state[name], 0.0)
-        self._equal.clear()
+            values = {key: value.to(self.parameters[key].device) for key, value in state[name].items()}
+            self.sets[name].update(values, 0.0)
+        self._equal = set(state["equal"])
 
 
 class FrozenViews:

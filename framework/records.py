@@ -6,15 +6,21 @@ everything read was written upstream; a subclass satisfies a requirement for its
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from framework.flow import velocity_distance
 from framework.kernels import TransitionKernel
 
+REFERENCE_VIEW = frozenset({"reference"})
+
 
 class Record:
     """Base of everything that one part writes and another reads."""
+
+    views: ClassVar[frozenset[str]] = frozenset()
+    """Policies that an objective must have asked to write it; a surrogate that writes it leaves it out otherwise."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +75,16 @@ class OnPolicyTransitions(Transitions):
 class AnchorShift(Record):
     """`EndpointShift` on the trajectory of the group's anchor, repeated on its branches: drift that all share."""
 
+    views: ClassVar[frozenset[str]] = REFERENCE_VIEW
+
     distance: Tensor  # [N]
 
 
 @dataclass(frozen=True)
 class BranchLogits(Record):
     """Log-probabilities of the branches of a group under the current and the reference policy."""
+
+    views: ClassVar[frozenset[str]] = REFERENCE_VIEW
 
     current: Tensor  # [N], Σ_branches exp = 1 in every group; 0 at anchors
     reference: Tensor  # [N], no gradient
@@ -85,12 +95,16 @@ class BranchLogits(Record):
 class KernelShift(Record):
     """Closed-form KL of the sampler's Gaussian steps from the reference's."""
 
+    views: ClassVar[frozenset[str]] = REFERENCE_VIEW
+
     divergence: Tensor  # [N], KL(θ ‖ ref) averaged over dimensions and trained steps
 
 
 @dataclass(frozen=True)
 class EndpointShift(Record):
     """How far the current policy's velocities moved from the reference's at the same probes: a velocity-space KL."""
+
+    views: ClassVar[frozenset[str]] = REFERENCE_VIEW
 
     distance: Tensor  # [N], ⟨(v_θ − v_ref)²⟩ over all dimensions but the first
 

@@ -19,6 +19,12 @@ def derive_seed(seed: int, *names: Name) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
+def check_seed(seed: int, name: str) -> None:
+    """Raises ValueError for a seed that torch cannot take; name: the parameter, for the message."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"{name} must lie in 0 … 2⁶³ − 1, got {seed}")
+
+
 def make_generator(seed: int) -> torch.Generator:
     """A CPU generator that starts from ``seed``.
 

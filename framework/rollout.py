@@ -116,8 +116,9 @@ def roll_out(
     first, blocks, branches = plans[0].first_block, plans[0].blocks, len(plans[0].branches)
     if any((p.first_block, p.blocks, len(p.branches)) != (first, blocks, branches) for p in plans):
         raise ValueError("the plans of one rollout must share their window and their group size")
+    for plan in plans:
+        generator.check_plan(plan)
     trunk, prefix = generate_prefix(generator, plans, kernel)
-    stream = generator.fork(trunk, branches)
     rows = [branch for plan in plans for branch in plan.branches]
     noise = draw_noise([row.noise_seed for row in rows], noise_shape(generator, kernel, blocks), device_of(generator))
     path_asked = any(issubclass(kind, tuple(keep)) for kind in (Displacements, OnPolicyTransitions))
@@ -125,7 +126,13 @@ def roll_out(
     traces = [
         trace if path_asked else BlockTrace((trace.x0,), ())
         for trace in generate_blocks(
-            generator, stream, noise, kernel, routes if any(routes) else (), [plan.scene for plan in plans]
+            # nobody here keeps the forked stream: what its first block saw would live as long as the rollout
+            generator,
+            generator.fork(trunk, branches),
+            noise,
+            kernel,
+            routes if any(routes) else (),
+            [plan.scene for plan in plans],
         )
     ]
     return Tape(tuple(plans), dict(_write(traces, prefix, plans, generator.recipe, kernel, keep)))
@@ -181,9 +188,32 @@ def resident_frames(plans: Sequence[GroupPlan], block_frames: int) -> int:
     )
 
 
+def check_routes(generator: StreamingGenerator, plan: GroupPlan, scenes: Sequence[Scene]) -> None:
+    """Raises ValueError where routes like those of a plan cannot be shown in all of some scenes, before step 300 does.
+
+    Asked for the window behind the last switch of each: every recache has happened by then.
+    """
+    size = generator.recipe.block_frames
+    for scene in {scene.segments: scene.on_blocks(size) for scene in scenes}.values():
+        generator.check_plan(replace(plan, scene=scene, first_block=scene.segments[-1].start // size))
+
+
 def canonical(plans: Sequence[GroupPlan]) -> list[GroupPlan]:
     """The same groups without any route: every branch sees what the generator's policy shows."""
     return [replace(p, branches=tuple(replace(b, route=None) for b in p.branches)) for p in plans]
+
+
+def blank_tape(
+    plans: Sequence[GroupPlan], recipe: GeneratorRecipe, kernel: TransitionKernel, keep: frozenset[type[Record]]
+) -> Tape:
+    """The tape that `roll_out` would write, of zeros and with one pixel a frame: which records, of which shape."""
+    channels, _, _ = recipe.latent
+    rows, steps = sum(len(plan.branches) for plan in plans), len(recipe.schedule.sigmas)
+    block = torch.zeros(rows, channels, recipe.block_frames, 1, 1)
+    trace = BlockTrace((block,) * (steps + 1), (block,) * steps)
+    start = plans[0].first_block * recipe.block_frames
+    prefix = torch.zeros(len(plans), channels, start, 1, 1) if start else None
+    return Tape(tuple(plans), dict(_write([trace] * plans[0].blocks, prefix, plans, recipe, kernel, keep)))
 
 
 def _write(

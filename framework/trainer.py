@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from framework.accounting import Scalars, Stopwatch, add_scalars, collect_metrics
+from framework.accounting import GroupCount, Scalars, Stopwatch, add_scalars, collect_metrics
 from framework.data.scenes import draw_scenes
+from framework.distributed import World
 from framework.evaluation import decode_tape
 from framework.interfaces import (
     AdvantageRule,
@@ -16,22 +17,35 @@ from framework.interfaces import (
     StreamingGenerator,
     SurrogatePolicy,
 )
+from framework.nonfinite import (
+    NonFinite,
+    NonFiniteRule,
+    Stop,
+    all_finite,
+    check_advantages,
+    check_latents,
+    check_scores,
+    terms,
+)
 from framework.optimization import AdamW
 from framework.policies import BEHAVIOUR, FrozenViews, Policies
-from framework.records import Record
+from framework.records import Endpoints, Record
 from framework.reference import Frozen, ReferenceSchedule, advance_reference, shift_metrics
 from framework.rng import Streams
 from framework.rollout import device_of, roll_out
-from framework.types import Loss, Objective, Scene, Statistics
+from framework.types import Loss, Objective, Scene, Statistics, Tape
 
 COUNTS = ("steps_done", "updates_done", "samples_seen")
-STATEFUL = ("policies", "torch_optimizer", "regularizer", "reference")
+STATEFUL = ("policies", "torch_optimizer", "regularizer", "reference", "reward", "advantage", "nonfinite")
 """Fields of a trainer that remember something from step to step."""
 
 
 @dataclass
 class Trainer:
-    """What one step needs. ``keep`` holds the record types that the parts read."""
+    """What one step needs. ``keep`` holds the record types that the parts read.
+
+    checksum_every: steps between comparisons of the policies over the ranks of the world, 0 for never.
+    """
 
     generator: StreamingGenerator
     exploration: ExplorationStrategy
@@ -48,6 +62,9 @@ class Trainer:
     updates_per_rollout: int
     micro_batch_size: int
     reference: ReferenceSchedule = field(default_factory=Frozen)
+    world: World = field(default_factory=World)
+    checksum_every: int = 0
+    nonfinite: NonFiniteRule = field(default_factory=Stop)
 
     def __post_init__(self) -> None:
         self.torch_optimizer = self.optimizer.build(self.policies.parameters.values())
@@ -58,28 +75,49 @@ class Trainer:
 
     @property
     def clips_per_step(self) -> int:
-        """P × B."""
-        return self.prompts_per_step * self.exploration.group_size
+        """Clips that a step rolls out, anchors included."""
+        streams = Streams(self.seed).at("count")
+        (plan,) = self.exploration.plan(self.scenes[:1], [0], self.generator.recipe, streams)
+        return self.prompts_per_step * GroupCount.of(plan).clips
 
     def step(self) -> Scalars:
-        """One step of training: roll out, score, update. Returns metrics; tensors stay on the device."""
+        """One step of training, or none where something in it is not finite and ``nonfinite`` lets the run go on."""
+        try:
+            metrics = self.explore_judge_improve()
+        except NonFinite as found:
+            self.nonfinite.answer(found)
+            self.torch_optimizer.zero_grad(set_to_none=True)
+            self.steps_done += 1
+            self.samples_seen += self.clips_per_step
+            return dict(self.nonfinite.metrics())
+        self.nonfinite.passed()
+        return {**metrics, **self.nonfinite.metrics()}
+
+    def explore_judge_improve(self) -> Scalars:
+        """One step: roll out, score, update. Returns metrics; tensors stay on the device. Raises NonFinite."""
         streams = Streams(self.seed).at("step", self.steps_done)
         clock, recipe = Stopwatch(), self.generator.recipe
 
         # Explore: how do the branches of each group differ?
         scenes, groups = draw_scenes(self.scenes, self.steps_done, self.prompts_per_step, self.seed)
         plans = self.exploration.plan(scenes, groups, recipe, streams)
+        share, whole = self.world.share(plans), Tape(plans, {})
         with self.policies.use(BEHAVIOUR):
-            tape = roll_out(self.generator, plans, self.exploration.kernel, self.keep)
+            tape = roll_out(self.generator, share.plans, self.exploration.kernel, self.keep)
+        check_latents(not self.world.any(not all_finite(tape[Endpoints].latents)), self.steps_done)
         clock.lap("rollout_s")
 
         # Judge: which branches were better than their siblings?
-        scores = self.reward.score(decode_tape(self.generator, tape))
-        advantage = self.advantage(scores, tape.groups, tape.anchors)
-        marks = self.regularizer.prepare(scores, tape.groups, tape.anchors)
+        scored = self.reward.score(decode_tape(self.generator, tape))
+        scores = self.world.gather_scores(scored, len(whole.groups))
+        check_scores(scores, self.steps_done)
+        advantage = self.advantage(scores, whole.groups, whole.anchors)
+        check_advantages(advantage, self.steps_done)
+        marks = self.regularizer.prepare(scores, whole.groups, whole.anchors)
         active = int(advantage.active.sum())
         device = device_of(self.generator)
-        on_device, paying = advantage.to(device), None if marks is None else marks.to(device).per_clip
+        on_device = share.of(advantage).to(device)
+        paying = None if marks is None else marks.per_clip[share.rows].to(device)
         clock.lap("reward_s")
 
         # Improve: towards the better ones, not too far.
@@ -97,7 +135,10 @@ class Trainer:
             frozen.rewind()
             for probes in self.surrogate.probes(tape, recipe, streams.at("probes", update)):
                 add_scalars(metrics, self.policies.backward(loss, probes, self.micro_batch_size, active, frozen))
-            metrics |= self.optimizer.step(self.torch_optimizer, self.policies.parameters, self.updates_done)
+            metrics = self.world.sum_update(metrics, self.policies.parameters)
+            metrics |= self.optimizer.step(
+                self.torch_optimizer, self.policies.parameters, self.updates_done, terms(metrics)
+            )
             self.policies.stepped()
             self.updates_done += 1
         self.policies.advance(self.steps_done)
@@ -106,7 +147,9 @@ class Trainer:
         clock.lap("update_s")
 
         self.steps_done += 1
-        self.samples_seen += len(tape.groups)
+        self.samples_seen += len(whole.groups)
+        if self.checksum_every and self.steps_done % self.checksum_every == 0:
+            self.world.check_equal(self.policies.tensors(), f"step {self.steps_done}")
         return collect_metrics(metrics, scores, advantage, active, clock.laps)
 
     def state_dict(self) -> dict[str, Any]:

@@ -33,6 +33,16 @@ class CompositeReward(RewardModel):
             scores = scores | model.score(videos)
         return scores
 
+    def unavailable(self) -> str | None:
+        return next((reason for model in self.models if (reason := model.unavailable()) is not None), None)
+
+    def state_dict(self) -> dict:
+        return {str(i): model.state_dict() for i, model in enumerate(self.models)}
+
+    def load_state_dict(self, state: dict) -> None:
+        for i, model in enumerate(self.models):
+            model.load_state_dict(state[str(i)])
+
 
 @dataclass(frozen=True)
 class WeightedReward(RewardModel):
@@ -60,3 +70,12 @@ class WeightedReward(RewardModel):
         value = torch.stack([w * raw.values[name] for name, w in self.weights.items()]).sum(0) / scale
         valid = torch.stack([raw.valid[name] for name in self.weights]).all(0)
         return Scores({self.name: value}, {self.name: valid})
+
+    def unavailable(self) -> str | None:
+        return self.model.unavailable()
+
+    def state_dict(self) -> dict:
+        return self.model.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.model.load_state_dict(state)

@@ -17,6 +17,10 @@ class RandomReward(RewardModel):
 
     names: Sequence[str] = ("VQ", "MQ", "TA")
 
+    def __post_init__(self) -> None:
+        if not self.names or len(set(self.names)) < len(self.names):
+            raise ValueError(f"RandomReward.names must name at least one signal, each once, got {list(self.names)}")
+
     @property
     def signals(self) -> tuple[str, ...]:
         return tuple(self.names)

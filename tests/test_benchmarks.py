@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from backbones.embedded.generator import CONFIG
 from backbones.history import FullHistory
 from benchmarks import __main__ as command
-from benchmarks import p1, p2, p3, p4, p5, streaming
+from benchmarks import p1, p2, p3, p4, p5, p6, p8, streaming
 from benchmarks.measure import LiveBytes, Ratio, Row, Seconds, storage_bytes, table
 from benchmarks.scenarios import MINIATURE, random_generator
 
@@ -162,12 +162,14 @@ def test_every_row_runs_in_miniature_and_prints_a_table():
         *p2.measure(MINIATURE, prefix=1, window=1, group=2, pairs=1),
         *p3.measure(MINIATURE, lengths=(3,), clips=2, pairs=1, groups=(2, 3)),
         *p5.measure(MINIATURE, prefix=1, window=1, group=2, pairs=1, longer=9),
+        *p6.measure(MINIATURE, MINIATURE),
+        *p8.measure(MINIATURE, group=2, blocks=1, pairs=1, steps=1),
         *streaming.measure(MINIATURE, clips=(1, 2), blocks=1, repeats=1),
     ]
     assert all(row.value > 0 for row in rows)
     printed = table(rows)
     assert printed.count("\n") == len(rows) + 1
-    assert {"P1", "P2", "P3", "P5", "FPS"} == {row.name for row in rows}
+    assert {"P1", "P2", "P3", "P5", "P6", "P8", "FPS"} == {row.name for row in rows}
 
 
 def test_the_memory_row_sees_its_planted_leaks_and_finds_the_stream_constant():
@@ -183,7 +185,7 @@ def test_the_memory_row_sees_its_planted_leaks_and_finds_the_stream_constant():
 def test_the_command_refuses_a_row_it_does_not_have(capsys):
     with pytest.raises(SystemExit):
         command.main(["p9"])
-    assert "no row is called 'p9'; the rows are p1, p2, p3, p4, p5, streaming" in capsys.readouterr().err
+    assert "no row is called 'p9'; the rows are p1, p2, p3, p4, p5, p6, p8, streaming" in capsys.readouterr().err
 
 
 def test_the_command_fails_when_a_goal_is_missed(monkeypatch, capsys):

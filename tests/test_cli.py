@@ -105,7 +105,7 @@ def test_an_interrupt_exits_with_130(toy_file: str, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == "armillary: interrupted\n"
 
 
-@pytest.mark.parametrize("command", ["", *cli.COMMANDS, "list"])
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS, "list", "doctor"])
 def test_help_answers_without_torch(command: str) -> None:
     code = (
         "import sys\nfrom framework.cli import main\n"
@@ -230,7 +230,7 @@ def test_the_wheel_holds_the_packages_and_their_data_and_no_tests(tmp_path: Path
     (wheel,) = tmp_path.glob("armillary-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
-    assert tops <= {"framework", "strategies", "backbones", "rewards", "theory_checks", "configs"}
+    assert tops <= {"framework", "strategies", "backbones", "rewards", "theory_checks", "configs", "benchmarks"}
     sources = {p.relative_to(HOME).as_posix() for top in tops - {"configs"} for p in (HOME / top).rglob("*.py")}
     weights = {p.relative_to(HOME).as_posix() for p in (HOME / "backbones" / "embedded").rglob("*.safetensors")}
     configs = {p.relative_to(HOME).as_posix() for p in (HOME / "configs").rglob("*.gin")}

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from framework.cli import main
-from framework.commands.compare import Run, check_kept, reason
+from framework.commands.compare import Run, check_kept
 from framework.commands.compare_arms import Arm, check_budget, check_fair, read_arm, read_arms
+from framework.commands.runs import reason
 from framework.config.described import described
 from framework.config.load import load_config
 from framework.config.registry import ConfigError

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from framework.data.shapes import CAPTIONS, ClipFactors, render_clips
-from framework.reporting.metrics import MetricsLogger, encode_line, read_metrics, to_floats
+from framework.reporting.metrics import MetricsLogger, cut_back, encode_line, read_metrics, to_floats
 from framework.types import VideoBatch
 
 FRAMES, FPS = 21, 8.0
@@ -132,29 +132,66 @@ def test_reserved_and_empty_tags_are_refused(tmp_path: Path, tag: str) -> None:
 # runs that stop and go on
 
 
-def run(folder: Path, start: int, stop: int, resume_step: int | None = None) -> None:
-    with MetricsLogger(folder, resume_step=resume_step) as log:
+Position = dict[str, int] | None
+
+
+def run(folder: Path, start: int, stop: int, position: Position = None, keep_at: int | None = None) -> Position:
+    """Log steps; the position after one of them."""
+    kept = None
+    with MetricsLogger(folder, position=position) as log:
         for step in range(start, stop):
             log.log(step, {"train/loss": 1 / (1 + step)}, samples_seen=48 * step)
+            kept = log.position() if step == keep_at else kept
+    return kept
 
 
-def test_a_resumed_run_leaves_the_same_file_as_one_that_never_stopped(tmp_path: Path) -> None:
-    run(tmp_path / "whole", 0, 9)
-    run(tmp_path / "parts", 0, 6)  # stopped at 5, the checkpoint was at 3
-    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 6, "trai')  # and killed while it wrote
-    run(tmp_path / "parts", 4, 9, resume_step=3)
-    whole, parts = ((tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "parts"))
-    assert whole == parts
-    scalars = read_board(tmp_path / "parts" / "tb").Scalars("train/loss")
+def check_goes_on(folder: Path, whole: Path, first: int) -> None:
+    """Stopped at 5 and killed while it wrote; the checkpoint was at 3."""
+    position = run(folder, 0, 6, keep_at=3)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "trai')
+    run(folder, first, 9, position)
+    assert (whole / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+    scalars = read_board(folder / "tb").Scalars("train/loss")
     assert [event.step for event in scalars] == list(range(9))
 
 
-def test_resuming_at_another_step_leaves_another_file(tmp_path: Path) -> None:
+def test_a_resumed_run_leaves_the_same_record_as_one_that_never_stopped(tmp_path: Path) -> None:
     run(tmp_path / "whole", 0, 9)
-    run(tmp_path / "parts", 0, 6)
-    run(tmp_path / "parts", 4, 9, resume_step=5)
-    assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() != (tmp_path / "parts" / "metrics.jsonl").read_bytes()
+    check_goes_on(tmp_path / "parts", tmp_path / "whole", 4)
+
+
+def test_the_record_check_sees_a_step_that_is_repeated(tmp_path: Path) -> None:
+    run(tmp_path / "whole", 0, 9)
+    with pytest.raises(AssertionError):
+        check_goes_on(tmp_path / "parts", tmp_path / "whole", 3)
+
+
+def test_events_are_cut_in_the_file_and_not_only_hidden(tmp_path: Path) -> None:
+    position = run(tmp_path, 0, 6, keep_at=3)
+    cut_back(tmp_path, position)
+    assert [event.step for event in read_board(tmp_path / "tb").Scalars("train/loss")] == [0, 1, 2, 3]
+    cut_back(tmp_path, {"metrics.jsonl": 0})
+    assert list((tmp_path / "tb").iterdir()) == []
+
+
+def test_event_files_that_somebody_removed_stop_no_run(tmp_path: Path) -> None:
+    position = run(tmp_path, 0, 6, keep_at=3)
+    for path in (tmp_path / "tb").iterdir():
+        path.unlink()
+    run(tmp_path, 4, 9, position)
+    assert [event.step for event in read_board(tmp_path / "tb").Scalars("train/loss")] == [4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("change", [lambda text: text[:-200], lambda text: "x" + text, lambda text: ""])
+def test_a_record_that_is_not_what_was_written_is_refused_and_left_alone(tmp_path: Path, change) -> None:
+    position = run(tmp_path, 0, 6, keep_at=5)
+    record = tmp_path / "metrics.jsonl"
+    record.write_text(change(record.read_text()))
+    before = record.read_text()
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is not what this run wrote"):
+        MetricsLogger(tmp_path, position=position)
+    assert record.read_text() == before
 
 
 def test_the_record_of_another_run_is_not_continued_unasked(tmp_path: Path) -> None:
@@ -171,8 +208,6 @@ def test_a_line_that_is_not_ours_is_named(tmp_path: Path, line: str) -> None:
     path.write_text('{"step": 0, "samples_seen": 0}\n' + line + "\n")
     with pytest.raises(ValueError, match="line 2"):
         read_metrics(path)
-    with pytest.raises(ValueError, match="line 2"):
-        MetricsLogger(tmp_path, resume_step=0)
     assert line in path.read_text()
 
 

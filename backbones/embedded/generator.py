@@ -17,6 +17,7 @@ from backbones.streaming import WanStreamingGenerator
 from backbones.wan.transformer import CausalWanTransformer3DModel
 from framework.data.shapes import SIZE, VOCABULARY, parse_caption
 from framework.interfaces import GeneratorRecipe
+from framework.precision import Precision
 from framework.schedules import FewStepSchedule
 from framework.weights import check_tensors, read_tensors
 
@@ -61,12 +62,14 @@ class ShapesGenerator(WanStreamingGenerator):
         network: CausalWanTransformer3DModel | None = None,
         policy: HistoryPolicy | None = None,
         recache: Recache | None = None,
+        precision: Precision | None = None,
     ) -> None:
         super().__init__(
             network if network is not None else CausalWanTransformer3DModel(**CONFIG),
             embedded_recipe(),
             policy or SinkWindow(sink=3, window=12, relative=True),
             recache or BlockwiseRecache(),
+            precision,
         )
 
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
@@ -84,14 +87,17 @@ BASE = "base.safetensors"
 
 
 def packaged_generator(
-    checkpoint: str | None = None, policy: HistoryPolicy | None = None, recache: Recache | None = None
+    checkpoint: str | None = None,
+    policy: HistoryPolicy | None = None,
+    recache: Recache | None = None,
+    precision: Precision | None = None,
 ) -> ShapesGenerator:
     """The embedded generator with its packaged weights, or with those of a file that `pretrain` or
     `distill` wrote.
 
     Raises ValueError for a missing file, or one whose tensors are not exactly this network's; nothing is loaded half.
     """
-    return _loaded(_packaged(PACKAGED) if checkpoint is None else Path(checkpoint), policy, recache)
+    return _loaded(_packaged(PACKAGED) if checkpoint is None else Path(checkpoint), policy, recache, precision)
 
 
 def packaged_base(policy: HistoryPolicy | None = None) -> ShapesGenerator:
@@ -106,10 +112,12 @@ def _packaged(name: str) -> Path:
     return Path(str(importlib.resources.files("backbones.embedded"))) / name
 
 
-def _loaded(path: Path, policy: HistoryPolicy | None, recache: Recache | None = None) -> ShapesGenerator:
+def _loaded(
+    path: Path, policy: HistoryPolicy | None, recache: Recache | None = None, precision: Precision | None = None
+) -> ShapesGenerator:
     if not path.is_file():
         raise ValueError(f"checkpoint={str(path)!r} is not a file; leave it out for the packaged weights")
-    generator = ShapesGenerator(policy=policy, recache=recache)
+    generator = ShapesGenerator(policy=policy, recache=recache, precision=precision)
     weights = read_tensors(path)
     check_tensors(weights, generator.network.state_dict(), str(path))
     generator.network.load_state_dict(weights)

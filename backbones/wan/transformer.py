@@ -267,13 +267,17 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         return F.linear(x, weight.flatten(1), self.patch_embedding.bias)
 
     def _embed_time(self, timestep: Tensor, batch: int, frames: int) -> tuple[Tensor, Tensor]:
-        """Per-frame time embedding [N, F, dim] and modulation [N, F, 6, dim], both float32 or wider."""
+        """Per-frame time embedding [N, F, dim] and modulation [N, F, 6, dim], both float32 or wider.
+
+        Outside of any autocast: it costs nothing, and a bf16 modulation scales every token of a frame alike wrongly.
+        """
         per_frame = timestep[:, None].expand(batch, frames) if timestep.ndim == 1 else timestep
         embedder = self.condition_embedder
         sinusoid = time_sinusoid(per_frame, self.config["freq_dim"])
         weight_dtype = embedder.time_embedder.linear_1.weight.dtype
-        temb = embedder.time_embedder(sinusoid.to(weight_dtype))
-        modulation = embedder.time_proj(embedder.act_fn(temb).to(embedder.time_proj.weight.dtype))
+        with torch.autocast(timestep.device.type, enabled=False):
+            temb = embedder.time_embedder(sinusoid.to(weight_dtype))
+            modulation = embedder.time_proj(embedder.act_fn(temb).to(embedder.time_proj.weight.dtype))
         return temb.to(wide_dtype(temb)), modulation.unflatten(-1, (6, -1)).to(wide_dtype(temb))
 
 

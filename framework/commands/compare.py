@@ -1,17 +1,14 @@
 """Several configurations trained with several seeds, each run in a process of its own, and one report of all."""
 
-import os
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from framework.adapters import load_adaptation
 from framework.commands.compare_arms import Arm, check_budget, check_fair, read_arms
+from framework.commands.runs import check_folder, is_finished, train_all
 from framework.devices import prepare
 from framework.drift import judge_blocks
 from framework.reporting.comparison import Comparison, Failure, RunResult, pooled_gains, read_run
@@ -22,8 +19,6 @@ from framework.reporting.progress import progress, say
 from framework.reporting.report import GAIN_HEADERS, format_table, gain_cells
 from framework.weights import read_tensors, save_tensors
 
-FINISHED = "summary.json"
-"""The last file that a training run writes."""
 BLOCKS = "blocks.safetensors"
 SHOWN = 6
 """Captions whose clips are shown."""
@@ -46,7 +41,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether its folder holds everything."""
-        return (self.folder / FINISHED).is_file()
+        return is_finished(self.folder)
 
 
 def compare(
@@ -110,74 +105,9 @@ def plan_run(arm: Arm, seed: int, root: Path, steps: int, device: str) -> Run:
 
 def check_kept(run: Run) -> None:
     """Raises ValueError when its folder holds a finished run of another configuration, or no run at all."""
-    if not run.folder.exists():
-        return
-    recorded = run.folder / "config.gin"
-    if not recorded.is_file():
-        if not run.folder.is_dir() or any(run.folder.iterdir()):
-            raise ValueError(f"{run.folder} is there and holds no config.gin of a run; give another --output_dir")
-        return
-    if not run.finished:
-        return
     steps, seed = (int(run.arguments[run.arguments.index(flag) + 1]) for flag in ("--max_steps", "--seed"))
     device = run.arguments[run.arguments.index("--device") + 1] if "--device" in run.arguments else None
-    expected = run.arm.operative_config(str(run.folder), seed, steps, device)
-
-    def meaning(text: str) -> set[str]:
-        return {line for line in text.splitlines() if line.strip() and not line.startswith(("#", "train.output_dir"))}
-
-    changed = sorted(meaning(recorded.read_text(encoding="utf-8")) ^ meaning(expected))
-    if changed:
-        raise ValueError(f"{run.folder} holds a run of another configuration, it differs in {changed[0]!r}"
-                         f"{f' and {len(changed) - 1} more lines' if len(changed) > 1 else ''}; give another "
-                         f"--output_dir, or remove the folder to train it again")  # fmt: skip
-
-
-def train_all(runs: Sequence[Run], parallel: int) -> list[Failure]:
-    """Train what is not finished, ``parallel`` at a time; what failed."""
-    waiting = [run for run in runs if not run.finished]
-    if len(waiting) < len(runs):
-        say(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished and kept")
-    failures: list[Failure] = []
-    pool = ThreadPoolExecutor(parallel)
-    try:
-        with progress(len(waiting), "runs") as bar:
-            for failure in pool.map(train_one, waiting):
-                bar.update(1)
-                failures += [] if failure is None else [failure]
-    finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C nothing else starts
-    return failures
-
-
-def train_one(run: Run) -> Failure | None:
-    """Train one run in a process of its own, its output in a log beside its folder."""
-    if run.folder.exists():  # what `check_kept` let pass: unfinished or empty
-        say(f"{run.name}: unfinished, starts again")
-        shutil.rmtree(run.folder)
-    log = run.folder.with_name(run.name + ".log")
-    with log.open("w", encoding="utf-8") as out:
-        done = subprocess.run(
-            [sys.executable, "-m", "framework", *run.arguments], stdout=out, stderr=out,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "ARMILLARY_PROGRESS": "0"},
-        )  # fmt: skip
-    if done.returncode == 0 and run.finished:
-        say(f"{run.name}: trained")
-        return None
-    failure = Failure(run.name, reason(log, done.returncode))
-    say(f"{run.name}: {failure.line}")
-    return failure
-
-
-def reason(log: Path, code: int) -> str:
-    """The line of a log that says why its process ended."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("armillary: error: ")]
-    if errors:
-        return errors[-1].removeprefix("armillary: error: ").removesuffix(" (--debug shows where)")
-    if code < 0:
-        return f"ended by signal {-code}, see {log}"
-    return f"{lines[-1] if lines else 'said nothing'} (exit status {code}), see {log}"
+    check_folder(run.folder, "train", lambda: run.arm.operative_config(str(run.folder), seed, steps, device))
 
 
 def judge_all(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from framework.accounting import GroupCount
 from framework.config.described import described
 from framework.config.load import Configuration, load_config
 from framework.config.registry import ConfigError
@@ -107,7 +108,7 @@ def read_arm(name: str, file: str, gin_params: Sequence[str] = (), plugins: Sequ
         ("the evaluation reward", "evaluation.HeldOut.reward"): described(configuration, "evaluation", "reward"),
     }
     return Arm(
-        name, file, tuple(gin_params), tuple(plugins), prompts * sum(len(plan.branches) for plan in plans), steps,
+        name, file, tuple(gin_params), tuple(plugins), prompts * GroupCount.of(plans[0]).clips, steps,
         evaluation.first_block, tuple(scene.prompt for scene in judged), facts,
     )  # fmt: skip
 

@@ -1,29 +1,28 @@
 """The root that distils a few-step student on its own rollouts: resumable, the same every time, judged twice."""
 
-import time
+from functools import partial
 from pathlib import Path
 
-import torch
-
 from framework.block_weights import BlockWeights
-from framework.commands.pretrain import check_same_run, reading_state, save_state
-from framework.commands.train import log_evaluation
+from framework.checkpoint import Checkpoints
+from framework.commands.resumption import open_run, resume_command
+from framework.commands.training_run import TrainingRun, log_evaluation
 from framework.devices import prepare
 from framework.distiller import Distiller
 from framework.evaluation import HeldOut, evaluation_plans
 from framework.interfaces import DistributionGradient, ScoreLevels, StreamingGenerator, StudentHistory
+from framework.interruption import Interruption
 from framework.kernels import Consistency
 from framework.optimization import AdamW
 from framework.records import Predictions
-from framework.reporting.metrics import MetricsLogger
-from framework.reporting.progress import progress, say
-from framework.reporting.runfolder import create_run_folder, fresh_folder, resume_run_folder, write_run_files
+from framework.reporting.progress import say
 from framework.reporting.summary import RunReport, control_lines, write_report
+from framework.rng import check_seed
 from framework.rollout import roll_out
 from framework.selfchecks import check_replay
-from framework.weights import save_tensors
+from framework.weights import save_tensors, start_hash
 
-STATE, STUDENT = "state.pt", "student.safetensors"
+STUDENT = "student.safetensors"
 
 
 def distill(
@@ -46,11 +45,12 @@ def distill(
     generator_every: int = 1,
     average_decay: float = 0.97,
     history_grad: bool = True,
-    save_every: int = 50,
+    checkpoint_every: int = 50,
+    keep_checkpoints: int = 2,
     replay_tolerance: float = 1e-3,
     device: str = "cpu",
     threads: int | None = None,
-    resume: bool = False,
+    resume: str = "auto",
     dry_run: bool = False,
     operative_config: str = "",
 ) -> Path | None:
@@ -63,24 +63,22 @@ def distill(
     batch_size: clips of a rollout. critic_warmup: critic updates before the student's first. generator_every: critic
     updates per student update after that. average_decay: of the averaged weights, which are the result.
     history_grad: whether gradient reaches the student through the encoding of its clean past too.
-    save_every: steps between saved states. replay_tolerance: relative; see `selfchecks`. threads: CPU threads, None for
-    torch's choice. resume: continue the run in output_dir, refused when the configuration differs. dry_run: build
-    everything, check it, do one step, write nothing. Every step depends on (seed, step), so a resumed run and an
-    uninterrupted one give the same bytes.
+    checkpoint_every: steps between checkpoints. keep_checkpoints: how many stay. replay_tolerance: relative; see
+    `selfchecks`. threads: CPU threads, None for torch's choice. resume: "auto" also continues the unfinished run that
+    output_dir holds, "never" takes a new folder only, a path continues from that checkpoint. dry_run: build everything,
+    check it, do one step, write nothing. Every step depends on (seed, step), so a resumed run and an uninterrupted one
+    give the same bytes.
     """
     for name, value in (("max_steps", max_steps), ("batch_size", batch_size), ("generator_every", generator_every),
-                        ("save_every", save_every)):  # fmt: skip
+                        ("checkpoint_every", checkpoint_every), ("keep_checkpoints", keep_checkpoints)):  # fmt: skip
         if value < 1:
             raise ValueError(f"distill.{name} must be at least 1, got {value}")
+    check_seed(seed, "distill.seed")
     if critic_warmup < 0 or not 0 <= average_decay < 1:
         raise ValueError(
             f"distill.critic_warmup must be at least 0 and average_decay lie in [0, 1), got {critic_warmup} "
             f"and {average_decay}"
         )
-    if resume and (output_dir is None or dry_run):
-        raise ValueError("distill.resume continues the run in an --output_dir; it takes no --dry_run")
-    if resume:
-        check_same_run(resume_run_folder(str(output_dir), STATE), operative_config, "distill")
     for role in (generator, teacher, critic):
         prepare(role.network, device, threads)
     distiller = Distiller(
@@ -94,39 +92,26 @@ def distill(
         say(f"dry run: one step done, nothing written; {max_steps} steps would roll out {max_steps * batch_size} clips")
         return None
 
-    folder = fresh_folder("distill") if output_dir is None else Path(output_dir)
-    if not resume:
-        create_run_folder(folder)
-        write_run_files(folder, operative_config)
-    before = evaluation.judge(generator, "held-out evaluation before")  # a resumed run has not loaded its weights yet
-    spent = 0.0
-    if resume:
-        with reading_state(folder / STATE):
-            state = torch.load(folder / STATE, weights_only=True)
-            distiller.load_state_dict(state["distiller"])
-            spent = state["core_s"]
-    with MetricsLogger(folder, resume_step=distiller.steps_done if resume else None) as log:
-        if not resume:
-            log.text("config/operative", operative_config)
-            log_evaluation(log, 0, 0, before)
-            save_state(folder / STATE, {"distiller": distiller.state_dict(), "core_s": spent})
-        for step in progress(range(distiller.steps_done, max_steps), "distilling"):
-            started = time.process_time()
-            metrics = distiller.step()
-            spent += time.process_time() - started
-            log.log(step + 1, metrics | {"time/core_s": spent}, samples_seen=distiller.samples_seen)
-            if evaluation.every and (step + 1) % evaluation.every == 0 and step + 1 < max_steps:
-                with distiller.averaged():
-                    log_evaluation(log, step + 1, distiller.samples_seen, evaluation.judge(generator, "held-out curve"))
-            if (step + 1) % save_every == 0:
-                save_state(folder / STATE, {"distiller": distiller.state_dict(), "core_s": spent})
+    start = open_run(
+        "distill", output_dir, resume, operative_config, partial(Checkpoints, keep=keep_checkpoints), max_steps
+    )
+    folder, origin = start.folder, start_hash(generator.network, teacher.network, critic.network)
+    start.check_weights(origin)
+    with Interruption(resume_command("distill", folder, operative_config)) as stop, start.log() as log:
+        run = TrainingRun(
+            distiller, partial(evaluation.judge, generator), distiller.averaged, evaluation.every, checkpoint_every,
+            log, start.checkpoints, stop, operative_config, origin,
+        )  # fmt: skip
+        before = run.begin(start)
+        run.train(max_steps, "distilling")
         with distiller.averaged():
             save_tensors(folder / STUDENT, generator.network.state_dict(), metadata={"recipe": generator.recipe.name})
             after = evaluation.judge(generator, "held-out evaluation after")
         log_evaluation(log, max_steps, distiller.samples_seen, after)
         log.videos("samples/video", max_steps, after.videos.frames[:8], after.videos.fps)
-    controls = tuple(control_lines(evaluation))
-    write_report(RunReport(folder, before, after, spent, distiller.samples_seen, max_steps, controls, STUDENT))
+        controls = tuple(control_lines(evaluation))
+        samples = distiller.samples_seen
+        write_report(RunReport(folder, before, after, run.spent, samples, max_steps, controls, STUDENT, run.earlier))
     say(f"saved to {folder}")
     return folder
 

@@ -17,7 +17,7 @@ from framework.kernels import Consistency, TransitionKernel
 from framework.reporting.progress import progress, say
 from framework.reporting.runfolder import create_run_folder, fresh_folder
 from framework.reporting.videos import Mp4Writer, visible_scale
-from framework.rng import derive_seed, draw_noise
+from framework.rng import check_seed, derive_seed, draw_noise
 from framework.rollout import denoise_block, noise_shape
 from framework.types import Scene, VideoBatch
 
@@ -43,6 +43,7 @@ def generate(
     blocks: length in blocks, None for the recipe's clip length. adapter: a folder that a training
     run saved. A block is decoded and written before the next one starts.
     """
+    check_seed(seed, "generate.seed")
     if blocks is not None and blocks < 1:
         raise ValueError(f"generate.blocks must be at least 1, got {blocks}")
     blocks = generator.recipe.clip_blocks if blocks is None else blocks

@@ -1,14 +1,20 @@
 """The root that gin configures: build a run from parts, prove what can be proved before it starts, train, report."""
 
-import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from framework.accounting import Scalars
+from framework.accounting import GroupCount
 from framework.adapters import Adaptation
-from framework.compatibility import check_recipe, check_reference, check_signals
+from framework.checkpoint import Checkpoints
+from framework.commands.ranks import NoLog, open_run_together
+from framework.commands.resumption import resume_command
+from framework.commands.training_run import TrainingRun, log_evaluation
+from framework.compatibility import check_recipe, check_reference, check_signals, check_updates
 from framework.data.scenes import SceneSource, draw_scenes
 from framework.devices import prepare
-from framework.evaluation import EvaluationResult, HeldOut, decode_tape
+from framework.distributed import Distribution, current_world, on_every_rank
+from framework.evaluation import HeldOut, decode_tape
 from framework.interfaces import (
     AdvantageRule,
     ExplorationStrategy,
@@ -18,21 +24,25 @@ from framework.interfaces import (
     StreamingGenerator,
     SurrogatePolicy,
 )
+from framework.interruption import Interruption
+from framework.nonfinite import NonFiniteRule, Stop
 from framework.optimization import AdamW
 from framework.policies import AVERAGE, BEHAVIOUR, Policies
 from framework.records import Predictions
 from framework.reference import Frozen, ReferenceSchedule
 from framework.reporting.memory import write_memory
-from framework.reporting.metrics import MetricsLogger
-from framework.reporting.progress import progress, say
-from framework.reporting.runfolder import create_run_folder, fresh_folder, write_run_files
+from framework.reporting.mirrors import Mirror
+from framework.reporting.progress import say
 from framework.reporting.summary import RunReport, control_lines, write_report
-from framework.rng import Streams
-from framework.rollout import canonical, roll_out
-from framework.selfchecks import check_replay
+from framework.rng import Streams, check_seed
+from framework.rollout import canonical, check_routes, roll_out
+from framework.run_shape import StepParts, estimate_step, update_shape
+from framework.selfchecks import check_ratio, check_replay
 from framework.trainer import Trainer
+from framework.weights import start_hash
 
 
+@on_every_rank
 def train(
     *,
     generator: StreamingGenerator,
@@ -47,6 +57,9 @@ def train(
     scenes: SceneSource,
     evaluation: HeldOut,
     output_dir: str | None = None,
+    resume: str = "auto",
+    checkpoint_every: int = 10,
+    keep_checkpoints: int = 2,
     seed: int = 0,
     max_steps: int = 60,
     prompts_per_step: int = 6,
@@ -57,27 +70,43 @@ def train(
     replay_tolerance: float = 1e-3,
     device: str = "cpu",
     threads: int | None = None,
+    distribution: Distribution | None = None,
+    nonfinite: NonFiniteRule | None = None,
+    mirrors: Sequence[Mirror] = (),
     dry_run: bool = False,
     operative_config: str = "",
 ) -> Path | None:
     """Align a generator with a reward; returns the run folder, or None for a dry run.
 
-    output_dir: a new folder, None for a fresh one under runs/. adaptation: what is trained.
+    output_dir: a new folder, None for a fresh one under runs/. resume: "auto" also continues the unfinished run that
+    output_dir holds, "never" takes a new folder only, a path continues from that checkpoint; see `resumption`.
+    checkpoint_every: steps between checkpoints. keep_checkpoints: how many stay. adaptation: what is trained.
     behaviour_decay: how far the rollout policy lags behind. scenes: what RL trains on. evaluation: what judges it.
     prompts_per_step: groups P of a step, each of the exploration's group size.
     updates_per_rollout: optimiser steps on one rollout. micro_batch_size: clips per backward pass; changes no result.
     average_decay: of the averaged weights that are evaluated and saved. reference: when the reference policy moves,
     None for never. replay_tolerance: relative; see `selfchecks`.
-    threads: CPU threads, None for torch's choice. dry_run: build everything, check it, train one step, write nothing.
+    threads: CPU threads, None for torch's choice. distribution: how the ranks work together that torchrun started, if
+    it did. nonfinite: what NaN or infinity in a step leads to, None to stop. mirrors: where scalars are shown beside
+    metrics.jsonl and TensorBoard. dry_run: build everything, check it, train one step, write nothing.
     """
     for name, value in (("max_steps", max_steps), ("updates_per_rollout", updates_per_rollout),
-                        ("micro_batch_size", micro_batch_size)):  # fmt: skip
+                        ("micro_batch_size", micro_batch_size), ("checkpoint_every", checkpoint_every),
+                        ("keep_checkpoints", keep_checkpoints)):  # fmt: skip
         if value < 1:
             raise ValueError(f"train.{name} must be at least 1, got {value}")
+    world, distribution = current_world(), distribution or Distribution()
+    world.check_text(operative_config, "the configuration")
+    check_seed(seed, "train.seed")
+    if not 0 <= average_decay < 1:
+        raise ValueError(f"train.average_decay must lie in [0, 1), got {average_decay}")
+    if not 0 <= replay_tolerance < float("inf"):
+        raise ValueError(f"train.replay_tolerance must be 0 or more and finite, got {replay_tolerance}")
     keep = check_recipe(exploration, surrogate, advantage, regularizer)
     reference = reference or Frozen()
     check_reference(reference, surrogate, regularizer)
     check_signals(regularizer, reward)
+    check_updates(surrogate, updates_per_rollout, behaviour_decay, max_steps)
     train_scenes, judged = scenes.scenes(), evaluation.scenes.scenes()
     shared = {s.segments for s in train_scenes} & {s.segments for s in judged}
     if shared:
@@ -87,9 +116,18 @@ def train(
     draw_scenes(train_scenes, 0, prompts_per_step, seed)
     prepare(generator.network, device, threads)
     policies = Policies(generator, adaptation, behaviour_decay, average_decay, seed)
+    world.check_equal(dict(generator.network.named_parameters()), "the start")
+    weights = start_hash(generator.network)
+    if distribution.shard_base:
+        from framework.sharding import check_symmetric, shard_base  # takes a second to import
+
+        check_symmetric(train_scenes, generator.recipe.block_frames)
+        check_symmetric(judged, generator.recipe.block_frames)
+        shard_base(generator, policies.parameters, world)
     trainer = Trainer(
         generator, exploration, surrogate, reward, advantage, regularizer, policies, optimizer, train_scenes, keep,
-        seed, prompts_per_step, updates_per_rollout, micro_batch_size, reference,
+        seed, prompts_per_step, updates_per_rollout, micro_batch_size, reference, world, distribution.checksum_every,
+        nonfinite or Stop(),
     )  # fmt: skip
     for line in start_lines(trainer, replay_tolerance):
         say(line)
@@ -99,40 +137,34 @@ def train(
             f"{max_steps * trainer.clips_per_step} clips")  # fmt: skip
         return None
 
-    folder = create_run_folder(fresh_folder("train") if output_dir is None else output_dir)
-    write_run_files(folder, operative_config)
-    with MetricsLogger(folder) as log:
-        log.text("config/operative", operative_config)
-        before = evaluation.judge(generator, description="held-out evaluation before")
-        log_evaluation(log, 0, 0, before)
-        started = time.process_time()
-        spent = 0.0
-        for step in progress(range(max_steps), "training"):
-            metrics = trainer.step()
-            spent += time.process_time() - started
-            log.log(step + 1, metrics | {"time/core_s": spent}, samples_seen=trainer.samples_seen)
-            if evaluation.every and (step + 1) % evaluation.every == 0 and step + 1 < max_steps:
-                with policies.use(AVERAGE):
-                    middle = evaluation.judge(generator, "held-out curve")
-                log_evaluation(log, step + 1, trainer.samples_seen, middle)
-            started = time.process_time()
+    ranks = {"rank": world.rank, "world": world.size, "barrier": partial(world.most, 0)}
+    store = partial(Checkpoints, keep=keep_checkpoints, **ranks)
+    start = open_run_together(world, "train", output_dir, resume, operative_config, store, max_steps)
+    start.check_weights(weights)
+    folder, own_log = start.folder, start.log() if world.first else NoLog()
+    with Interruption(resume_command("train", folder, operative_config), world.most) as stop, own_log as log:
+        log.mirror_to(mirrors, operative_config)
+        run = TrainingRun(
+            trainer, partial(evaluation.judge, generator, world=world), partial(policies.use, AVERAGE),
+            evaluation.every, checkpoint_every, log, start.checkpoints, stop, operative_config, weights,
+        )  # fmt: skip
+        before = run.begin(start)
+        run.train(max_steps, "training")
         with policies.use(AVERAGE):
-            adaptation.save(generator.network, folder / "adapter")
-            after = evaluation.judge(generator, description="held-out evaluation after")
+            if world.first:
+                adaptation.save(generator.network, folder / "adapter")
+            after = evaluation.judge(generator, "held-out evaluation after", world)
+        if not world.first:
+            return folder
         log_evaluation(log, max_steps, trainer.samples_seen, after)
         log.videos("samples/video", max_steps, after.videos.frames[:8], after.videos.fps)
-    write_memory(folder)
-    controls = tuple(control_lines(evaluation))
-    write_report(RunReport(folder, before, after, spent, trainer.samples_seen, max_steps, controls))
+        write_memory(folder)
+        controls = tuple(control_lines(evaluation))
+        samples = trainer.samples_seen
+        write_report(
+            RunReport(folder, before, after, run.spent, samples, max_steps, controls, earlier_core_s=run.earlier)
+        )
     return folder
-
-
-def log_evaluation(log: MetricsLogger, step: int, samples: int, result: EvaluationResult) -> None:
-    """Held-out rewards under their tags."""
-    values: Scalars = {f"eval/reward/{name}": value.nanmean() for name, value in result.scores.items()}
-    values["eval/reward/total"] = result.total.nanmean()
-    values["eval/members"] = result.total.shape[1]
-    log.log(step, values, samples_seen=samples)
 
 
 def start_lines(trainer: Trainer, tolerance: float) -> list[str]:
@@ -141,6 +173,7 @@ def start_lines(trainer: Trainer, tolerance: float) -> list[str]:
     trained = sum(p.numel() for p in policies.parameters.values())
     total = sum(p.numel() for p in generator.network.parameters())
     plans = trainer.exploration.plan(trainer.scenes[:1], [0], generator.recipe, Streams(trainer.seed).at("selfcheck"))
+    check_routes(generator, plans[0], trainer.scenes)
     with policies.use(BEHAVIOUR):
         tape = roll_out(generator, plans, trainer.exploration.kernel, trainer.keep)
         visited = roll_out(generator, canonical(plans), trainer.exploration.kernel, frozenset({Predictions}))
@@ -149,14 +182,22 @@ def start_lines(trainer: Trainer, tolerance: float) -> list[str]:
     trainer.advantage(trainer.reward.score(decode_tape(generator, tape)), tape.groups, tape.anchors)
     for probes in trainer.surrogate.probes(tape, generator.recipe, Streams(trainer.seed).at("selfcheck")):
         list(probes.split(trainer.micro_batch_size))
-    group, kernel, schedule = trainer.exploration.group_size, trainer.exploration.kernel, generator.recipe.schedule
+    streams = Streams(trainer.seed).at("selfcheck")
+    ratio = check_ratio(generator, trainer.surrogate, tape, streams, trainer.micro_batch_size)
+    parts = StepParts.of(trainer)
+    update, memory = update_shape(parts), estimate_step(parts, policies.adaptation)
+    kernel, schedule = trainer.exploration.kernel, generator.recipe.schedule
     return [
         f"trainable: {trained:,} of {total:,} parameters ({100 * trained / total:.1f} %), "
         f"{trainer.policies.adaptation.describe(policies.parameters)}",
-        f"step: {trainer.prompts_per_step} prompts × {group} branches = {trainer.clips_per_step} clips, "
-        f"micro-batches of {min(trainer.micro_batch_size, trainer.clips_per_step)}, "
+        f"step: {GroupCount.of(plans[0]).arithmetic(trainer.prompts_per_step)}, "
+        f"micro-batches of up to {min(trainer.micro_batch_size, trainer.clips_per_step)}, "
         f"{trainer.updates_per_rollout} update(s) per rollout",
+        f"update: {trainer.world.size} rank(s) × {update.arithmetic()}",
+        *trainer.world.describe(trainer.prompts_per_step),
         f"sampler: σ {', '.join(f'{sigma:.4f}' for sigma in schedule.sigmas)}; "
         f"std of its steps {', '.join(f'{kernel.std(*pair):.4f}' for pair in schedule.transitions)}",
+        f"memory: {'this generator does not tell its sizes' if memory is None else memory.summary()}",
         replay,
+        *ratio,
     ]

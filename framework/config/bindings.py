@@ -123,11 +123,20 @@ class Bindings:
             for reference in references(value):
                 self.part(reference.name)
         except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from error.__cause__
+            hint = self._parameters_of(f"{key.name}.{key.parameter}")
+            raise ConfigError(f"{where}: {hint or error}") from error.__cause__
         self._written += 1
         if key in self.table:
             self._replaced.setdefault(key, []).append((self.table[key].value, self._written))
         self.table[key] = Binding(value, where, self._written)
+
+    def _parameters_of(self, name: str) -> str | None:
+        """What to write in place of a binding of a part itself, e.g. ``nft.NFT = 3``; None for what is no part."""
+        try:
+            parameters = self.registry.find(name).parameters
+        except ConfigError:
+            return None
+        return f"{name} is a part, which gets no value itself; bind one of its parameters: {', '.join(parameters)}"
 
     def _bound(self, scope: str, name: str) -> tuple[dict[str, Key], list[Key]]:
         """(the binding that wins for each parameter, all that hold) for a name that is built in ``scope``."""

@@ -11,6 +11,7 @@ import functools
 import importlib.resources
 import inspect
 import io
+import re
 import tokenize
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ class _Reader:
     def __init__(self, bindings: Bindings) -> None:
         self.bindings = bindings
         self.seen: set[Path] = set()
+        self.open: list[Path] = []  # files that are being read, the includer before what it includes
 
     def read_file(self, name: str, includer: Path | None = None, where: str = "--gin_file") -> None:
         """Read a file and what it includes. Looked for beside the including file, among the packaged files and in the
@@ -84,6 +86,9 @@ class _Reader:
                 f"{did_you_mean(name, known)}; packaged files: {', '.join(known) or 'none'}"
             )
         path = found.resolve()
+        if path in self.open:
+            loop = " → ".join(file.name for file in (*self.open[self.open.index(path) :], path))
+            raise ConfigError(f"{where}: {name!r} includes itself: {loop}; remove one include")
         if path in self.seen:
             return
         self.seen.add(path)
@@ -92,7 +97,9 @@ class _Reader:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{where}: {name} cannot be read: {one_line(error)}") from error
         inside = path.relative_to(packaged.resolve()) if path.is_relative_to(packaged.resolve()) else None
+        self.open.append(path)
         self.read_text(text, name if inside is None else inside.as_posix(), path)
+        self.open.pop()
 
     def read_text(self, text: str, source: str, path: Path | None = None) -> None:
         """Read statements. ``source`` names them in messages; ``path`` is the file they stand in, if any."""
@@ -123,7 +130,8 @@ class _Reader:
     def _unreadable(error: SyntaxError | tokenize.TokenError, source: str) -> str:
         line = error.lineno if isinstance(error, SyntaxError) else error.args[1][0]
         text = (error.text or "").strip() if isinstance(error, SyntaxError) else ""
-        reason = one_line(error.args[0])
+        # what Python adds about a node of its syntax tree is an address in memory
+        reason = re.sub(r"malformed node or string[^;]*(; )?", "", one_line(error.args[0])) or "no literal"
         where = f"{source}:{line}" if not source.startswith("--") else source
         return (
             f"{where}: cannot read {text!r} ({reason}); values are Python literals such as True, None, 1e-5, 'text', "

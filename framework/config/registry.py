@@ -29,6 +29,7 @@ ROOTS = {
     "generate": "framework.commands.generate:generate",
     "pretrain": "framework.commands.pretrain:pretrain",
     "distill": "framework.commands.distill:distill",
+    "claims": "framework.commands.claims:claims",
 }
 """The commands: keyword-only functions that a configuration is bound to."""
 
@@ -158,7 +159,8 @@ class Registry:
                 found = getattr(found, attribute)
             return found
         known = sorted([*self.offered()[0], *ROOTS])
-        raise ConfigError(f"unknown name {name!r}{did_you_mean(name, known)}; names that exist: {', '.join(known)}")
+        hint = did_you_mean(name, known) or "; if it is yours, name its module or file with --plugin"
+        raise ConfigError(f"unknown name {name!r}{hint}; names that exist: {', '.join(known)}")
 
     def _refuse_clash(self, name: str) -> None:
         if name in self.clashes:
@@ -173,6 +175,9 @@ class Registry:
         if not (inspect.isclass(target) or inspect.isroutine(target)):
             raise ConfigError(f"{name} is {type(target).__name__}, not a class or function that can be built")
         if inspect.isabstract(target):
+            if interface(target) is not None:
+                lacking = ", ".join(sorted(vars(target)["__abstractmethods__"]))
+                raise ConfigError(f"{name} cannot be built: it does not define {lacking}")
             raise ConfigError(f"{name} is an interface and cannot be built; `armillary list` shows what implements it")
         return Part(name, target, *read_parameters(target))
 
@@ -225,9 +230,12 @@ class Registry:
                 raise ConfigError(f"--plugin {text!r}: there is no such file")
             self.search([str(file.parent)])
             self.add_import(file.stem, file.stem)
-            found = Path(sys.modules[file.stem].__file__ or "").resolve()
+            found = Path(self._import(self.sources[file.stem]).__file__ or "").resolve()
             if found != file.resolve():
-                raise ConfigError(f"--plugin {text!r}: the name {file.stem!r} means {found}; rename the file")
+                raise ConfigError(
+                    f"--plugin {text!r}: the name {file.stem!r} means {found}; rename the file, or leave --plugin out "
+                    "if that is the same part, installed"
+                )
         else:
             self.add_import(text, text.rsplit(".", 1)[-1])
 

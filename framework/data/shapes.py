@@ -80,7 +80,7 @@ _CAPTION_SET = frozenset(CAPTIONS)
 def split_captions(held_out: int = 24, seed: int = 0) -> tuple[tuple[Caption, ...], tuple[Caption, ...]]:
     """(captions for RL, captions never used in RL), a fixed shuffle of all 144."""
     if not 0 < held_out < len(CAPTIONS):
-        raise ValueError(f"held_out must lie in 1 … {len(CAPTIONS) - 1}, got {held_out}")
+        raise ValueError(f"held_out_count={held_out} must lie in 1 … {len(CAPTIONS) - 1}")
     order = torch.randperm(len(CAPTIONS), generator=torch.Generator().manual_seed(seed)).tolist()
     return tuple(CAPTIONS[i] for i in order[held_out:]), tuple(CAPTIONS[i] for i in order[:held_out])
 

@@ -7,7 +7,7 @@ config/operative.
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import TextIOWrapper
 from numbers import Real
 from pathlib import Path
@@ -18,8 +18,11 @@ from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[repo
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
+from framework.reporting.mirrors import Mirror
 from framework.reporting.videos import check_frames, encode_gif, tile, visible_scale
 
+RECORD, BOARD = "metrics.jsonl", "tb"
+"""Names in the folder of a run."""
 RESERVED = ("step", "samples_seen")
 """Keys that every line has; no metric may take their name."""
 
@@ -74,40 +77,63 @@ def _decode_line(path: Path, number: int, line: str) -> dict[str, float]:
     return record
 
 
-def drop_later_lines(path: Path, step: int) -> None:
-    """Leave the lines of steps ≤ ``step`` in a metrics.jsonl; a last line that a crash cut short goes as well.
+def check_record(folder: Path, position: Mapping[str, int]) -> None:
+    """Raises ValueError when metrics.jsonl is not the one that a `MetricsLogger.position` was taken of."""
+    lines, size = folder / RECORD, position[RECORD]
+    kept = b""
+    if lines.is_file():
+        with lines.open("rb") as file:
+            kept = file.read(size)
+    if len(kept) < size or (size and not kept.endswith(b"\n")):
+        raise ValueError(
+            f"{lines} is not what this run wrote: its first {size} bytes were whole lines at the checkpoint, now there "
+            f"are {len(kept)}, ending in {kept[-20:]!r}; bring it back, or start again in another --output_dir"
+        )
 
-    Raises ValueError that names any other line that is no object of numbers, and changes nothing then.
+
+def cut_back(folder: Path, position: Mapping[str, int]) -> None:
+    """Shorten the record of a run to what it held at a `MetricsLogger.position`; what came later is computed again.
+
+    Event files that were not there then are removed. Event files that are gone are left to whoever removed them; the
+    numbers are all in metrics.jsonl. Raises what `check_record` raises, and changes nothing then.
     """
-    text = path.read_text()
-    whole = text[: text.rfind("\n") + 1].splitlines(keepends=True)
-    kept = [line for number, line in enumerate(whole, start=1) if _decode_line(path, number, line)["step"] <= step]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, path)
+    check_record(folder, position)
+    os.truncate(folder / RECORD, position[RECORD])
+    for path in sorted((folder / BOARD).glob("*")):
+        then = position.get(f"{BOARD}/{path.name}")
+        if then is None:
+            path.unlink()
+        elif path.stat().st_size > then:
+            os.truncate(path, then)
 
 
 class MetricsLogger:
     """Writes ``folder/metrics.jsonl`` (one line per call of `log`) and TensorBoard events under ``folder/tb``.
 
-    One process of a run logs. resume_step: None starts a run and raises FileExistsError when metrics.jsonl is there;
-    a number continues the run of this folder from its checkpoint at that step: lines of later steps, which will be
-    computed again, are dropped from the file and hidden in TensorBoard. Nothing that depends on time or on the machine
-    is added, so equal runs have equal files.
+    One process of a run logs. position: None starts a run and raises FileExistsError when metrics.jsonl is there;
+    what `position` once returned continues the run of this folder from there, see `cut_back`. Nothing that depends on
+    time or on the machine is added, so equal runs have equal files.
     """
 
-    def __init__(self, folder: Path | str, *, resume_step: int | None = None) -> None:
+    def __init__(self, folder: Path | str, *, position: Mapping[str, int] | None = None) -> None:
         self.folder = Path(folder)
-        self.path = self.folder / "metrics.jsonl"
+        self.path = self.folder / RECORD
         self.folder.mkdir(parents=True, exist_ok=True)
-        if resume_step is None and self.path.exists():
+        if position is not None:
+            cut_back(self.folder, position)
+        elif self.path.exists():
             raise FileExistsError(f"{self.path} is the record of another run; choose another output_dir, or resume")
-        if resume_step is not None and self.path.exists():
-            drop_later_lines(self.path, resume_step)
         self._lines: TextIOWrapper = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(
-            str(self.folder / "tb"), purge_step=None if resume_step is None else resume_step + 1
-        )
+        self._board = SummaryWriter(str(self.folder / BOARD))
+        self._mirrors: list[Mirror] = []
+
+    def position(self) -> dict[str, int]:
+        """The sizes of the files of this record by name, with everything that was logged on the disk."""
+        self._lines.flush()
+        os.fsync(self._lines.fileno())
+        self._board.flush()
+        files = [self.path, *sorted((self.folder / BOARD).glob("*"))]
+        return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in files}
 
     def log(self, step: int, values: Mapping[str, float | Tensor], *, samples_seen: int) -> dict[str, float]:
         """Write one line and the scalars of one optimiser step; returns the values as floats, for a console line.
@@ -124,7 +150,15 @@ class MetricsLogger:
         for tag, value in floats.items():
             self._board.add_scalar(tag, value, step)
         self._board.add_scalar("train/samples_seen", samples_seen, step)
+        for mirror in self._mirrors:
+            mirror.log(step, {**floats, "samples_seen": float(samples_seen)})
         return floats
+
+    def mirror_to(self, mirrors: Sequence[Mirror], config: str) -> None:
+        """Show every further line in these places too, until this logger is closed."""
+        for mirror in mirrors:
+            mirror.open(self.folder, config)
+            self._mirrors.append(mirror)
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
         """Show a text in TensorBoard as it is, in fixed width (TensorBoard would read Markdown into a config)."""
@@ -154,6 +188,8 @@ class MetricsLogger:
         """Finish both files. A closed logger logs no more."""
         self._lines.close()
         self._board.close()
+        for mirror in self._mirrors:
+            mirror.close()
 
     def __enter__(self) -> "MetricsLogger":
         return self

@@ -11,6 +11,9 @@ import torch
 
 import framework
 
+FINISHED = "summary.json"
+"""The last file that a training run writes."""
+
 
 def fresh_folder(name: str) -> Path:
     """``runs/<name>``, or the first of ``runs/<name>-2``, ``-3``, … that is not there yet."""
@@ -39,18 +42,16 @@ def create_run_folder(path: str | Path) -> Path:
     return folder
 
 
-def resume_run_folder(path: str | Path, needed: str) -> Path:
-    """The folder of an interrupted run. Raises ValueError when there is nothing to continue."""
-    folder = Path(path)
-    if not (folder / needed).is_file():
-        raise ValueError(f"output_dir={str(path)!r} holds no {needed} to resume from; start without --resume")
-    return folder
-
-
 def write_run_files(folder: Path, operative_config: str) -> None:
-    """The exact configuration, the command line and the environment of the run."""
-    (folder / "config.gin").write_text(operative_config, encoding="utf-8")
-    (folder / "command.txt").write_text(shlex.join(sys.argv) + "\n", encoding="utf-8")
+    """The exact configuration, the command line and the environment of the run.
+
+    Of a run that goes on: those in force now; command.txt has a line for every process.
+    """
+    staged = folder / "config.gin.partial"
+    staged.write_text(operative_config, encoding="utf-8")
+    staged.replace(folder / "config.gin")
+    with (folder / "command.txt").open("a", encoding="utf-8") as commands:
+        commands.write(shlex.join(sys.argv) + "\n")
     environment = {
         "armillary": framework.__version__,
         "python": platform.python_version(),

@@ -1,6 +1,7 @@
 """The end of a run: files for people's eyes, a table, and where everything was saved."""
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ SHOWN = 6
 class RunReport:
     """What a training run hands over. training_core_s: process time of the training steps, evaluation left out.
 
-    result: what was trained, a file or folder of the run's.
+    result: what was trained, a file or folder of the run's. earlier_core_s: process time of the processes that the run
+    went through before this one, up to the checkpoint that each left behind.
     """
 
     folder: Path
@@ -34,6 +36,7 @@ class RunReport:
     steps: int
     controls: tuple[str, ...] = ()
     result: str = "adapter"
+    earlier_core_s: float = 0.0
 
 
 def headroom(result: EvaluationResult) -> float:
@@ -108,7 +111,12 @@ def write_report(report: RunReport) -> None:
     (folder / "gains.md").write_text(
         "\n".join([*facts, "", markdown_table(cells, GAIN_HEADERS), "", *report.controls, ""])
     )
-    numbers = {"steps": report.steps, "samples": report.samples_seen, "training_core_s": report.training_core_s}
+    numbers = {
+        "steps": report.steps,
+        "samples": report.samples_seen,
+        "training_core_s": report.training_core_s,
+        "process_core_s": report.earlier_core_s + time.process_time(),  # of everything: imports, evaluations, pictures
+    }
     (folder / "summary.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
     say("")
     for line in [*facts, "", format_table(cells, GAIN_HEADERS), "", *report.controls]:

@@ -4,6 +4,7 @@ Ratio and branch KL of a Gibbs policy see differences of energies, so drift that
 anchor, generated under the canonical history, it is what a viewer gets. Ours: KVPO's paper has no such term.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,8 +28,8 @@ class AnchorVelocityKL(Regularizer):
     views: ClassVar[frozenset[str]] = frozenset({"current", "reference"})
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ValueError(f"AnchorVelocityKL.weight must be 0 or more, got {self.weight}")
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"AnchorVelocityKL.weight must be 0 or more and finite, got {self.weight}")
 
     def penalty(self, objective: Objective, marks: Tensor | None) -> Tensor:
         shift: AnchorShift = objective.written[AnchorShift]

@@ -5,6 +5,7 @@ branches share costs nothing here (`AnchorVelocityKL` sees that). Every clip of 
 that the mean over the active clips is the mean over prompts and a prompt that is gated pays nothing.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -39,8 +40,8 @@ class BranchKL(Regularizer):
     views: ClassVar[frozenset[str]] = frozenset({"current", "reference"})
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ValueError(f"BranchKL.weight must be 0 or more, got {self.weight}")
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"BranchKL.weight must be 0 or more and finite, got {self.weight}")
 
     def penalty(self, objective: Objective, marks: Tensor | None) -> Tensor:
         logits: BranchLogits = objective.written[BranchLogits]

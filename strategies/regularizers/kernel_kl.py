@@ -5,6 +5,7 @@ the trained steps with the weights ρ of the policy term, i.e. in exactly the un
 multiplies its policy term by 100 and not this one, so its β is a hundred times ours.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,8 +26,8 @@ class KernelKL(Regularizer):
     views: ClassVar[frozenset[str]] = frozenset({"current", "reference"})
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ValueError(f"KernelKL.weight must be 0 or more, got {self.weight}")
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"KernelKL.weight must be 0 or more and finite, got {self.weight}")
 
     def penalty(self, objective: Objective, marks: Tensor | None) -> Tensor:
         shift: KernelShift = objective.written[KernelShift]

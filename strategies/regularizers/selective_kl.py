@@ -8,11 +8,15 @@ siblings than the auxiliary signals do is probably exploiting the primary one:
     D⁺     = {U_i ≥ 0} over the whole step                            τ = percentile(D⁺, 100 (1 − ρ)),  M_i = [U_i > τ]
     ρ      ← 1.1 ρ where mean(D⁺) exceeds all it remembers, .9 ρ where it falls below, clipped
 
-so ρ is a share of D⁺, about half of the clips, and not of the batch. Deviations from the released code: it counts ranks
-from the best, which flags what the primary *under*-rates (`UnderRated` here); it ranks prompts against each other; and
-it divides by the flagged clips, where we divide by all, so that a lone flagged clip weighs 1/B.
+so ρ is a share of D⁺, about half of the clips, and not of the batch; and a bound: ⌈ρ (|D⁺| − 1)⌉ clips at most have U >
+τ, fewer where gaps tie, and nobody pays where the largest gap is shared by more, which few branches with their coarse
+ranks make common. The strict > is the paper's and the released one: U ≥ τ would flag all clips wherever the signals
+agree. Deviations from the released code: it counts ranks from the best, which flags what the primary *under*-rates
+(`UnderRated` here); it ranks prompts against each other; and it divides by the flagged clips, where we divide by all,
+so that a lone flagged clip weighs 1/B.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -189,8 +193,8 @@ class SelectiveKL(Regularizer):
             raise ValueError(
                 f"SelectiveKL.auxiliaries must name at least one signal, each once, got {list(auxiliaries)}"
             )
-        if weight < 0:
-            raise ValueError(f"SelectiveKL.weight must be 0 or more, got {weight}")
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"SelectiveKL.weight must be 0 or more and finite, got {weight}")
         self.primary, self.auxiliaries = primary, tuple(auxiliaries)
         self.weight = weight
         self.ratio = ratio or AdaptiveRatio()

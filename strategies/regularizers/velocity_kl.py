@@ -5,6 +5,7 @@ space it does not fade with σ (Astrolabe, 2603.17051, sec. 3.4; DiffusionNFT). 
 sum is still divided by all clips of the batch, so a lone marked clip weighs 1/B.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,8 +38,8 @@ class VelocityKL(Regularizer):
     views: ClassVar[frozenset[str]] = frozenset({"current", "reference"})
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ValueError(f"VelocityKL.weight must be 0 or more, got {self.weight}")
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"VelocityKL.weight must be 0 or more and finite, got {self.weight}")
 
     def penalty(self, objective: Objective, marks: Tensor | None) -> Tensor:
         shift: EndpointShift = objective.written[EndpointShift]

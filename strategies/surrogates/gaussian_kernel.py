@@ -122,6 +122,7 @@ class GaussianReinforce(SurrogatePolicy):
     reads: ClassVar[frozenset[type[Record]]] = frozenset({OnPolicyTransitions, Endpoints})
     writes: ClassVar[frozenset[type[Record]]] = frozenset({KernelShift, EndpointShift})
     views: ClassVar[frozenset[str]] = frozenset({"current"})
+    on_policy: ClassVar[bool] = True
 
     @property
     def fixed_probes(self) -> bool:
@@ -151,6 +152,7 @@ class GaussianRegression(SurrogatePolicy):
     reads: ClassVar[frozenset[type[Record]]] = GaussianReinforce.reads
     writes: ClassVar[frozenset[type[Record]]] = GaussianReinforce.writes
     views: ClassVar[frozenset[str]] = frozenset({"current"})
+    on_policy: ClassVar[bool] = True
 
     @property
     def fixed_probes(self) -> bool:
@@ -195,6 +197,7 @@ class GaussianRatio(SurrogatePolicy):
     reads: ClassVar[frozenset[type[Record]]] = frozenset({Transitions, Endpoints})
     writes: ClassVar[frozenset[type[Record]]] = frozenset({KernelShift, EndpointShift})
     views: ClassVar[frozenset[str]] = frozenset({"current", "behaviour"})
+    has_ratio: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not (0 < self.clip_low <= 1 and self.clip_high > 0):

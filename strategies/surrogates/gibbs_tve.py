@@ -176,6 +176,7 @@ class GibbsTVE(SurrogatePolicy):
     writes: ClassVar[frozenset[type[Record]]] = frozenset({BranchLogits, EndpointShift, AnchorShift})
     views: ClassVar[frozenset[str]] = frozenset({"current", "behaviour"})
     coupled: ClassVar[bool] = True
+    has_ratio: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.space not in ("v", "x0"):

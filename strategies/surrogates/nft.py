@@ -19,6 +19,7 @@ Deviations from the released code: velocities in space "v" and "x0" are both off
 list, and the adaptive weights that DiffusionNFT divides the branches by are a choice, off by default as in Astrolabe.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -152,10 +153,10 @@ class NFT(SurrogatePolicy):
     views: ClassVar[frozenset[str]] = frozenset({"current", "behaviour"})
 
     def __post_init__(self) -> None:
-        if self.beta <= 0:
-            raise ValueError(f"NFT.beta must be positive, got {self.beta}")
-        if self.advantage_limit <= 0:
-            raise ValueError(f"NFT.advantage_limit must be positive, got {self.advantage_limit}")
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"NFT.beta must be positive and finite, got {self.beta}")
+        if not 0 < self.advantage_limit < math.inf:
+            raise ValueError(f"NFT.advantage_limit must be positive and finite, got {self.advantage_limit}")
         if self.space not in ("v", "x0"):
             raise ValueError(f"NFT.space must be 'v' or 'x0', got {self.space!r}")
         if self.noisy_streams < 1:
@@ -165,9 +166,9 @@ class NFT(SurrogatePolicy):
         """The σ levels that are drawn and their weights."""
         sigmas = recipe.schedule.sigmas
         weights = self.level_weights if self.level_weights is not None else [1.0] * len(sigmas)
-        if len(weights) != len(sigmas) or not any(weights) or min(weights) < 0:
+        if len(weights) != len(sigmas) or not any(weights) or not all(0 <= w < math.inf for w in weights):
             raise ValueError(
-                f"NFT.level_weights needs one weight ≥ 0 for each of the sampler's {len(sigmas)} levels "
+                f"NFT.level_weights needs one finite weight ≥ 0 for each of the sampler's {len(sigmas)} levels "
                 f"{[round(s, 4) for s in sigmas]}, not all 0; got {list(weights)}"
             )
         return {sigma: weight for sigma, weight in zip(sigmas, weights, strict=True) if weight > 0}

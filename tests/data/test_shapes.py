@@ -170,7 +170,7 @@ def test_the_published_split_never_changes():
 
 @pytest.mark.parametrize("held_out", [0, 144, -3])
 def test_a_split_without_two_sides_is_refused(held_out: int):
-    with pytest.raises(ValueError, match=r"held_out must lie in 1 … 143"):
+    with pytest.raises(ValueError, match=r"held_out_count=.* must lie in 1 … 143"):
         split_captions(held_out)
 
 

@@ -1,21 +1,30 @@
 """A recipe is valid when everything read was written upstream; what is refused is refused with a sentence."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
 from hypothesis import strategies as st
 
 from framework.advantages import GroupRelative
-from framework.compatibility import IncompatibleRecipe, check_recipe, missing_records
-from framework.interfaces import AdvantageRule, Regularizer, SurrogatePolicy
+from framework.compatibility import IncompatibleRecipe, check_recipe, check_updates, missing_records
+from framework.interfaces import AdvantageRule, Regularizer, Schedule, SurrogatePolicy
 from framework.kernels import Consistency, Ode
+from framework.optimization import Constant, Ramp
 from framework.records import Endpoints, EndpointShift, OnPolicyTransitions, Predictions, Record, Transitions
+from framework.rng import Streams
+from framework.types import Advantage, Objective, Tape
 from strategies.exploration.noise_endpoint import NoiseEndpoint
 from strategies.regularizers.none import NoRegularizer
+from strategies.regularizers.several import Several
 from strategies.regularizers.velocity_kl import VelocityKL
+from strategies.surrogates.gaussian_kernel import GaussianRatio, GaussianRegression, GaussianReinforce
+from strategies.surrogates.gibbs_tve import GibbsTVE
 from strategies.surrogates.nft import NFT
-from tests.support import holds, refuted
+from tests.routed import plans_at, rolled
+from tests.support import holds, normal, refuted, tiny_generator
 
 Kinds = frozenset[type[Record]]
 Checker = Callable[[Iterable[type[Record]], Iterable[type[Record]]], list[type[Record]]]
@@ -105,6 +114,7 @@ class ShiftOfEndpoints(Regularizer):
     """Reads what the rollout and what the surrogate leaves."""
 
     reads = frozenset({EndpointShift, Predictions})
+    views = frozenset({"reference"})
 
     def penalty(self, objective, marks):
         raise NotImplementedError
@@ -145,6 +155,128 @@ def test_a_regularizer_may_read_what_the_surrogate_writes_and_it_is_not_kept_by_
 def test_a_regularizer_without_its_measurement_is_refused():
     with pytest.raises(IncompatibleRecipe, match=r"VelocityKL reads EndpointShift .*but Reader writes nothing"):
         check_recipe(NoiseEndpoint(), reading(Endpoints), GroupRelative(), VelocityKL())
+
+
+class Forgetful(Regularizer):
+    """Reads a distance from the reference and forgets to have it asked."""
+
+    reads = frozenset({EndpointShift})
+
+    def penalty(self, objective, marks):
+        return objective.written[EndpointShift].distance
+
+
+class AsksTheReference(NFT):
+    """A surrogate that has the reference asked on its own account."""
+
+    views = NFT.views | {"reference"}
+
+
+def test_a_distance_from_a_reference_that_nobody_asks_is_refused_with_the_view_that_is_missing():
+    with pytest.raises(IncompatibleRecipe) as refusal:
+        check_recipe(NoiseEndpoint(), NFT(), GroupRelative(), Forgetful())
+    sentence = str(refusal.value)
+    assert "\n" not in sentence
+    assert "Forgetful reads EndpointShift (How far the current policy's velocities moved" in sentence
+    assert sentence.endswith("; add ['reference'] to Forgetful.views, and it is measured")
+
+
+def test_a_reference_that_the_surrogate_has_asked_or_another_part_serves_everybody():
+    assert check_recipe(NoiseEndpoint(), AsksTheReference(), GroupRelative(), Forgetful()) == {Endpoints}
+    assert check_recipe(NoiseEndpoint(), NFT(), GroupRelative(), Several([Forgetful(), VelocityKL()])) == {Endpoints}
+
+
+def test_adding_a_view_is_not_advised_where_it_would_not_help():
+    with pytest.raises(IncompatibleRecipe) as refusal:
+        check_recipe(NoiseEndpoint(), reading(Endpoints), GroupRelative(), Forgetful())
+    assert "views" not in str(refusal.value)
+
+
+@pytest.fixture(scope="module")
+def tape() -> Tape:
+    """A routed rollout, its transitions taken for on-policy ones as well: everything that a surrogate reads."""
+    made = rolled(plans_at(2))
+    steps = made[Transitions]
+    on_policy = OnPolicyTransitions(steps.states, steps.next_states, steps.grid, steps.kernel)
+    return replace(made, records={**made.records, OnPolicyTransitions: on_policy})
+
+
+def objective_of(surrogate: SurrogatePolicy, tape: Tape, names: frozenset[str]) -> Objective:
+    """What is written where some policies are asked; they answer with noise."""
+    (probes,) = surrogate.probes(tape, tiny_generator().recipe, Streams(0))
+    views = {name: normal(i, *probes.noisy.shape) for i, name in enumerate(sorted(names))}
+    groups = tape.groups[probes.rows]
+    advantage = Advantage(torch.zeros(len(groups)), torch.ones(len(groups), dtype=torch.bool), groups)
+    return surrogate.loss(views, probes, advantage)
+
+
+@pytest.mark.parametrize("surrogate", [NFT(), GaussianReinforce(), GaussianRegression(), GaussianRatio(), GibbsTVE()])
+def test_a_surrogate_writes_what_it_says_where_the_views_of_a_record_are_asked(surrogate: SurrogatePolicy, tape: Tape):
+    """What the check takes for granted."""
+    for names in (surrogate.views, surrogate.views | {"reference"}):
+        written = frozenset(objective_of(surrogate, tape, names).written)
+        assert written == {record for record in surrogate.writes if record.views <= names}
+
+
+class Always(Schedule):
+    """A behaviour policy that lags from some step on."""
+
+    def __init__(self, decay: float, since: int = 0) -> None:
+        self.decay, self.since = decay, since
+
+    def __call__(self, step: int) -> float:
+        return self.decay if step >= self.since else 0.0
+
+
+def check_updates_are_refused(
+    check: Callable[..., None], on_policy: bool, updates: int, decay: float, since: int, steps: int
+) -> None:
+    """Refused exactly where the surrogate has no ratio and some clip it would learn from is of another policy."""
+    surrogate = GaussianRegression() if on_policy else GaussianRatio()
+    off_policy = updates > 1 or (decay > 0 and since < steps)
+    try:
+        check(surrogate, updates, Always(decay, since), steps)
+    except IncompatibleRecipe as error:
+        sentence = str(error)
+        assert on_policy and off_policy
+        assert "\n" not in sentence and "GaussianRatio" in sentence and "no ratio" in sentence
+        assert ("train.updates_per_rollout=" in sentence) == (updates > 1)
+        assert (f"gives {decay:g} at step {since}" in sentence) == (updates == 1)
+    else:
+        assert not (on_policy and off_policy)
+
+
+UPDATES = (st.booleans(), st.integers(1, 3), st.sampled_from([0.0, 0.001, 0.9]), st.integers(0, 6), st.integers(1, 5))
+
+
+def looks_at_the_first_step_only(surrogate: SurrogatePolicy, updates: int, decay: Schedule, steps: int) -> None:
+    """A planted error: a ramp starts at 0."""
+    check_updates(surrogate, updates, decay, 1)
+
+
+def looks_at_the_schedule_only(surrogate: SurrogatePolicy, updates: int, decay: Schedule, steps: int) -> None:
+    """A planted error."""
+    check_updates(surrogate, 1, decay, steps)
+
+
+def blind_to_the_surrogate(surrogate: SurrogatePolicy, updates: int, decay: Schedule, steps: int) -> None:
+    """A planted error: a ratio makes no difference."""
+    check_updates(GaussianRegression(), updates, decay, steps)
+
+
+def test_a_surrogate_without_a_ratio_takes_one_update_of_its_own_rollout():
+    holds(partial(check_updates_are_refused, check_updates), *UPDATES, examples=200)
+
+
+@pytest.mark.parametrize("mutant", [looks_at_the_first_step_only, looks_at_the_schedule_only, blind_to_the_surrogate])
+def test_the_updates_check_sees_a_planted_error(mutant: Callable[..., None]):
+    refuted(partial(check_updates_are_refused, mutant), *UPDATES)
+
+
+def test_a_released_ramp_is_refused_at_the_step_where_it_leaves_zero():
+    with pytest.raises(IncompatibleRecipe, match=r"behaviour_decay=Ramp gives 0\.001 at step 1, from where on"):
+        check_updates(GaussianReinforce(), 1, Ramp(), 60)
+    check_updates(GaussianReinforce(), 1, Constant(0.0), 60)
 
 
 @pytest.mark.parametrize("kernel", [Consistency(), Consistency(0.3), Ode()])

@@ -1,5 +1,6 @@
 """An interrupted distillation ends where the uninterrupted one does, byte for byte, and says what it did."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from backbones.embedded.generator import packaged_base, packaged_generator
 from framework.block_weights import FutureParticipation
 from framework.cli import main
-from framework.commands.distill import STATE, STUDENT, distill
+from framework.commands.distill import STUDENT, distill
 from framework.config.load import load_config
 from framework.config.registry import ConfigError
 from framework.data.scenes import ShapesCaptions
@@ -47,7 +48,7 @@ def run(folder: Path | None, **changes: Any) -> Path | None:
         "batch_size": 2,
         "critic_warmup": 1,
         "generator_every": 2,
-        "save_every": 2,
+        "checkpoint_every": 2,
         "operative_config": CONFIG,
     } | changes
     return distill(**arguments)
@@ -80,7 +81,7 @@ def cut(folder: Path, stop: int, monkeypatch: pytest.MonkeyPatch, **changes: Any
 
 
 def test_a_run_writes_the_student_the_scores_and_the_pictures(uninterrupted: Path, capsys: pytest.CaptureFixture[str]):
-    for name in (STUDENT, STATE, "config.gin", "gains.md", "before_after.png", "before_after.mp4", "reward_curve.png"):
+    for name in (STUDENT, "config.gin", "gains.md", "before_after.png", "before_after.mp4", "reward_curve.png"):
         assert (uninterrupted / name).stat().st_size > 0, name
     tags = {tag for line in metrics(uninterrupted) for tag in line}
     assert {"train/critic_loss", "train/gradient_rms", "train/grad_norm", "eval/reward/total"} <= tags
@@ -94,7 +95,7 @@ def test_a_run_writes_the_student_the_scores_and_the_pictures(uninterrupted: Pat
 @pytest.mark.parametrize("stop", [0, 1, 2, 3, 4])
 def test_an_interrupted_run_writes_the_same_bytes(uninterrupted: Path, tmp_path: Path, stop: int, monkeypatch):
     cut(tmp_path / "cut", stop, monkeypatch)
-    run(tmp_path / "cut", resume=True)
+    run(tmp_path / "cut")
     for name in (STUDENT, "evaluation.safetensors"):
         assert (tmp_path / "cut" / name).read_bytes() == (uninterrupted / name).read_bytes(), name
     assert metrics(tmp_path / "cut") == metrics(uninterrupted)
@@ -104,17 +105,14 @@ def test_an_interrupted_run_writes_the_same_bytes(uninterrupted: Path, tmp_path:
 def test_the_bytes_check_sees_a_state_that_forgets(uninterrupted: Path, tmp_path: Path, forgotten: str, monkeypatch):
     # after step 4 every part of the state has moved away from what a new process begins with
     cut(tmp_path / "cut", 4, monkeypatch)
-    state = torch.load(tmp_path / "cut" / STATE, weights_only=True)
-    fresh = torch.load(tmp_path / "cut" / STATE, weights_only=True)
-    part = fresh["distiller"][forgotten]
-    if "state" in part:
-        part["state"] = {}
-    else:
-        start = tiny_generator(clip_blocks=2).network.state_dict()
-        fresh["distiller"][forgotten] = {name: start[name] for name in part}
-    assert state["distiller"].keys() == fresh["distiller"].keys()
-    torch.save(fresh, tmp_path / "cut" / STATE)
-    run(tmp_path / "cut", resume=True)
+    load = Distiller.load_state_dict
+
+    def forgets(self: Distiller, state: dict[str, Any]) -> None:
+        load(self, {**state, forgotten: copy.deepcopy(self.state_dict()[forgotten])})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Distiller, "load_state_dict", forgets)
+        run(tmp_path / "cut")
     assert (tmp_path / "cut" / STUDENT).read_bytes() != (uninterrupted / STUDENT).read_bytes()
 
 
@@ -151,8 +149,6 @@ def test_a_dry_run_does_one_step_and_writes_nothing(tmp_path: Path, monkeypatch,
         ({"generator_every": 0}, r"distill\.generator_every must be at least 1"),
         ({"average_decay": 1.0}, r"average_decay lie in \[0, 1\)"),
         ({"critic_warmup": -1}, r"distill\.critic_warmup must be at least 0"),
-        ({"resume": True, "dry_run": True}, "takes no --dry_run"),
-        ({"resume": True, "output_dir": None}, "continues the run in an --output_dir"),
         ({"device": "nonsense"}, r"device='nonsense' cannot be used here"),
     ],
 )
@@ -162,22 +158,20 @@ def test_what_cannot_be_run_is_refused_before_anything_is_written(tmp_path: Path
     assert not (tmp_path / "never").exists()
 
 
-def test_other_runs_and_broken_states_are_not_resumed(uninterrupted: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match=r"holds no state\.pt to resume from"):
-        run(tmp_path, resume=True)
-    with pytest.raises(ValueError, match="holds another run already"):
+def test_other_runs_and_broken_states_are_not_resumed(uninterrupted: Path, tmp_path: Path, monkeypatch):
+    with pytest.raises(ValueError, match="holds another run already, a finished one"):
         run(uninterrupted)
+    cut(tmp_path / "cut", 3, monkeypatch)
     with pytest.raises(ValueError, match=r"another configuration.*distill\.seed"):
-        run(uninterrupted, resume=True, operative_config="distill.seed = 1")
-    (tmp_path / "config.gin").write_text(CONFIG)
-    whole = (uninterrupted / STATE).read_bytes()
-    for content in (b"", b"not a checkpoint", whole[:1000]):
-        (tmp_path / STATE).write_bytes(content)
-        with pytest.raises(ValueError, match=r"state\.pt is not a state of this run"):
-            run(tmp_path, resume=True)
-    torch.save({"distiller": {}, "core_s": 0.0}, tmp_path / STATE)
-    with pytest.raises(ValueError, match=r"state\.pt is not a state of this run"):
-        run(tmp_path, resume=True)
+        run(tmp_path / "cut", operative_config="distill.seed = 1")
+    teacher = tiny_generator(clip_blocks=2)
+    perturb(teacher.network, 3)
+    with pytest.raises(ValueError, match="started from other weights"):
+        run(tmp_path / "cut", teacher=teacher)
+    state = next((tmp_path / "cut" / "checkpoints").glob("step-*3/shared.safetensors"))
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"shared\.safetensors is truncated: 1,000 bytes of .*step-000002 before it"):
+        run(tmp_path / "cut")
 
 
 # the configurations
@@ -220,5 +214,8 @@ def test_the_command_line_distils(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert f"saved to {tmp_path / 'run'}" in capsys.readouterr().out
     before = read_tensors(tmp_path / "run" / STUDENT)
     assert before.keys() == packaged_base().network.state_dict().keys()
-    assert main([*arguments, "--max_steps", "2", "--resume"]) == 1
-    assert "another configuration, it differs in 'distill.max_steps" in capsys.readouterr().err
+    assert main([*arguments, "--max_steps", "2"]) == 1
+    assert "holds another run already, a finished one" in capsys.readouterr().err
+    assert main([*arguments, "--max_steps", "2", "--resume", str(tmp_path / "run")]) == 0
+    after = read_tensors(tmp_path / "run" / STUDENT)
+    assert not same(before, after) and same(before, read_tensors(tmp_path / "run" / "earlier-results" / STUDENT))

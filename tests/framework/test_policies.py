@@ -1,5 +1,6 @@
 """Policies are sets of values of one network's parameters: swapped in exactly, put back exactly, trained alone."""
 
+import copy
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
@@ -346,7 +347,7 @@ def test_all_sets_survive_a_checkpoint():
         policies.advance(step)
     other = make_policies(Constant(0.5))
     perturb(other.generator.network, 9)
-    state = {name: {k: v.clone() for k, v in values.items()} for name, values in policies.state_dict().items()}
+    state = copy.deepcopy(policies.state_dict())
     other.load_state_dict(state)
     names = frozenset({CURRENT, *SETS})
     restored = other.views(names, probes)

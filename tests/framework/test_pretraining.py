@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from backbones.embedded.generator import ShapesGenerator
-from framework.commands.pretrain import check_same_run, initialise, pretrain
+from framework.checkpoint import Checkpoints
+from framework.commands.pretrain import initialise, pretrain
 from framework.data.scenes import ShapesCaptions
 from framework.data.shapes import PreferenceWorld
 from framework.evaluation import HeldOut
@@ -57,7 +58,7 @@ def run(folder: Path, stop: tuple[int, int] = (99, 99), seed: int = 0, **changes
         "evaluation": HeldOut(ShapesCaptions(held_out=True, limit=2), ShapesReward(), members=2),
         "output_dir": str(folder),
         "seed": seed,
-        "save_every": 2,
+        "checkpoint_every": 2,
     } | changes
     return pretrain(**arguments)
 
@@ -89,7 +90,7 @@ def test_a_run_writes_the_weights_of_every_stage(uninterrupted: Path):
 def test_an_interrupted_run_ends_where_the_uninterrupted_one_did(uninterrupted: Path, tmp_path: Path, stop):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", stop)
-    run(tmp_path / "cut", resume=True)
+    run(tmp_path / "cut")
     for stage in ("base", "student"):
         assert same(weights(tmp_path / "cut", stage), weights(uninterrupted, stage))
     assert metrics(tmp_path / "cut") == metrics(uninterrupted)
@@ -98,7 +99,7 @@ def test_an_interrupted_run_ends_where_the_uninterrupted_one_did(uninterrupted: 
 def test_the_interruption_check_sees_another_seed(uninterrupted: Path, tmp_path: Path):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "cut", (99, 3))
-    run(tmp_path / "cut", resume=True, seed=1)
+    run(tmp_path / "cut", seed=1)
     assert not same(weights(tmp_path / "cut", "student"), weights(uninterrupted, "student"))
 
 
@@ -114,23 +115,22 @@ def test_fresh_weights_come_from_the_seed_alone():
     assert same(networks[0], networks[1]) and not same(networks[1], networks[2])
 
 
-def test_nothing_to_resume_and_foreign_states_are_refused(uninterrupted: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match=r"holds no state\.pt to resume from"):
-        run(tmp_path / "nowhere", resume=True)
-    with pytest.raises(ValueError, match="holds another run already"):
+def test_finished_runs_and_foreign_states_are_refused(uninterrupted: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"holds another run already, a finished one"):
         run(uninterrupted)
-    (tmp_path / "config.gin").write_text("")
-    for content in (b"", b"not a checkpoint", (uninterrupted / "state.pt").read_bytes()[:1000]):
-        (tmp_path / "state.pt").write_bytes(content)
-        with pytest.raises(ValueError, match=r"state\.pt is not a state of this run"):
-            run(tmp_path, resume=True)
-    (tmp_path / "state.pt").write_bytes((uninterrupted / "state.pt").read_bytes())
-    with pytest.raises(ValueError, match=r"state\.pt is not a state of this run"):
-        run(tmp_path, resume=True, generator=ShapesGenerator())
-    with pytest.raises(ValueError, match=r"state\.pt is not a state of this run"):
-        run(tmp_path, resume=True, stages=[small_dmd(name="base"), TeacherForcing(name="student")])
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", (99, 1))
+    newest = Checkpoints(tmp_path / "cut" / "checkpoints").folders()[-1]
+    with pytest.raises(ValueError, match=rf"{newest.name} does not fit this run: Error.* in loading state_dict"):
+        run(tmp_path / "cut", generator=ShapesGenerator())
+    with pytest.raises(ValueError, match=rf"{newest.name} does not fit this run"):
+        run(tmp_path / "cut", stages=[small_dmd(name="base"), TeacherForcing(name="student")])
     with pytest.raises(ValueError, match=r"saved in stage 2, pretrain\.stages has 1"):
-        run(tmp_path, resume=True, stages=[small_dmd()])
+        run(tmp_path / "cut", stages=[small_dmd()])
+    state = newest / "shared.safetensors"
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"shared\.safetensors is truncated: 1,000 bytes of .* before it is whole"):
+        run(tmp_path / "cut")
 
 
 def test_stages_of_one_name_and_no_stage_at_all_are_refused(tmp_path: Path):
@@ -141,7 +141,9 @@ def test_stages_of_one_name_and_no_stage_at_all_are_refused(tmp_path: Path):
 
 
 def test_a_run_of_another_configuration_is_not_resumed(tmp_path: Path):
-    (tmp_path / "config.gin").write_text("pretrain.seed = 1\npretrain.output_dir = 'a'\n")
-    check_same_run(tmp_path, "pretrain.seed = 1\npretrain.output_dir = 'b'\npretrain.resume = True\n")
-    with pytest.raises(ValueError, match=r"another configuration.*pretrain\.seed"):
-        check_same_run(tmp_path, "pretrain.seed = 2\n")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", (5, 99), operative_config="pretrain.seed = 0\n")
+    with pytest.raises(
+        ValueError, match=r"another configuration: there 'pretrain\.seed = 0'; here 'pretrain\.seed = 2'"
+    ):
+        run(tmp_path / "cut", operative_config="pretrain.seed = 2\n")

@@ -19,7 +19,7 @@ from framework.interfaces import GeneratorRecipe
 from framework.kernels import Consistency
 from framework.records import Displacements, Endpoints, Predictions
 from framework.rng import Streams
-from framework.rollout import roll_out
+from framework.rollout import canonical, check_routes, roll_out
 from framework.schedules import FewStepSchedule
 from framework.selfchecks import check_replay, replay_deviation, replay_probes
 from framework.types import GroupPlan, Scene, Segment, Tape, VideoBatch, Window
@@ -288,10 +288,38 @@ def test_a_switch_inside_a_rollout_happens_after_the_fork_to_every_branch():
     assert generator.count("recache") == [(9, 3), (9, 3)]  # each for the branches of its own prompt
 
 
-def test_a_route_behind_a_sink_that_moved_is_refused():
+MOVED = r"MovedSinkRecache moved the sink that routes name; set recache=JointRecache\(\) to explore"
+
+
+def test_a_route_behind_a_sink_that_moved_is_refused_before_anything_is_generated():
     generator = recording(MovedSinkRecache())
-    with pytest.raises(ValueError, match=r"MovedSinkRecache moved the sink that routes name; set recache=JointRecache"):
+    with pytest.raises(ValueError, match=MOVED) as refusal:
         routed_at(generator, 5, [switching(12)])
+    assert "\n" not in str(refusal.value) and "frame 12" in str(refusal.value)
+    assert not generator.slots
+    # whoever drives a stream by hand meets the same sentence
+    stream = generator.open([OLD], switches=True)
+    for _ in range(4):
+        stream = generator.commit(torch.zeros(1, 3, 3, 16, 16), stream)
+    stream = generator.switch(stream, [NEW])
+    with pytest.raises(ValueError, match=MOVED):
+        generator.predict(torch.zeros(1, 3, 3, 16, 16), 1.0, stream, [(0, 1, 2, 9, 10, 11)])
+
+
+@pytest.mark.parametrize("frame", [9, 21])
+def test_a_sink_that_stays_where_it_is_may_be_routed(frame: int):
+    """At frame 9 the window of 9 holds the whole past; 21 is behind the window, which never meets it."""
+    routed_at(recording(MovedSinkRecache()), 4, [switching(frame)])
+
+
+def test_a_start_looks_for_moved_sinks_in_all_scenes():
+    (plan,) = ROUTED.plan([Scene.single(OLD)], [0], recording(JointRecache()).recipe, Streams(0))
+    scenes = [Scene.single(OLD), switching(9), switching(11)]
+    with pytest.raises(ValueError, match=MOVED):
+        check_routes(generator_of(MovedSinkRecache()), plan, scenes)  # 11 takes effect at 12
+    check_routes(generator_of(MovedSinkRecache()), plan, scenes[:2])
+    check_routes(generator_of(MovedSinkRecache()), canonical([plan])[0], scenes)
+    check_routes(generator_of(JointRecache()), plan, scenes)
 
 
 def test_a_switch_inside_a_routed_window_is_never_planned():

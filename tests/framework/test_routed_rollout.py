@@ -68,6 +68,37 @@ def test_a_route_to_what_the_policy_shows_is_no_route():
         close(shown((8,)), off, atol=1e-12)
 
 
+# The sink
+
+
+def check_refused_or_generated(plans: Sequence[GroupPlan], policy: HistoryPolicy, sink: int) -> None:
+    """A sink that the policy keeps can be shown at any block; a longer one is refused before the first."""
+    kept = {SinkWindow: 1, FullHistory: sink}[type(policy)]
+    try:
+        rolled(rerouted(plans, sink=sink), policy)
+    except ValueError as error:
+        assert sink > kept and "\n" not in str(error)
+        assert f"CausalHistoryRouting.sink={sink}" in str(error) and f"set sink to at most {kept}" in str(error)
+    else:
+        assert sink <= kept
+
+
+@pytest.mark.parametrize("policy", [WINDOW, SinkWindow(1, 7, relative=True), FullHistory()])
+@pytest.mark.parametrize("pivot", PIVOTS.values(), ids=PIVOTS)
+def test_a_longer_sink_than_the_policy_keeps_is_refused_whether_or_not_the_window_has_rolled(
+    policy: HistoryPolicy, pivot: int, monkeypatch: pytest.MonkeyPatch
+):
+    plans = plans_at(pivot)
+    for sink in range(3):
+        check_refused_or_generated(plans, policy, sink)
+    monkeypatch.setattr(ShapesGenerator, "check_plan", lambda self, plan: None)
+    if policy != FullHistory():
+        # unchecked, an early window finds all frames, and a late one does not find the second block's
+        recent = rerouted(plans, frames=(3 * pivot - 4, 3 * pivot - 3))
+        with pytest.raises(AssertionError if pivot == 2 else KeyError):
+            check_refused_or_generated(recent, policy, 4)
+
+
 # What branches share
 
 

@@ -7,17 +7,22 @@ from typing import Any
 import pytest
 import torch
 
+from backbones.history import SinkWindow
 from framework.adapters import Adaptation, LoRA, load_adaptation
 from framework.advantages import GroupRelative
+from framework.anchored_advantages import AnchorRelative
 from framework.commands.train import train
 from framework.compatibility import IncompatibleRecipe
 from framework.data.scenes import PromptFile, ShapesCaptions
 from framework.evaluation import HeldOut
 from framework.kernels import Ode
-from framework.optimization import AdamW, Constant
+from framework.optimization import AdamW, Constant, Ramp
 from rewards.shapes import ShapesReward
+from strategies.exploration.causal_history_routing import CausalHistoryRouting
 from strategies.exploration.noise_endpoint import NoiseEndpoint
 from strategies.regularizers.none import NoRegularizer
+from strategies.surrogates.gaussian_kernel import GaussianReinforce
+from strategies.surrogates.gibbs_tve import GibbsTVE
 from strategies.surrogates.nft import NFT
 from tests.framework.test_trainer import LEVELS, TAGS, ReadsTransitions
 from tests.support import PROMPTS, tiny_generator
@@ -132,6 +137,37 @@ def test_judging_on_trained_prompts_is_refused(tmp_path: Path):
     file = tmp_path / "prompts.txt"
     file.write_text(f"{PROMPTS[3]}\n{ShapesCaptions().scenes()[1].prompt}\n")
     check_refused(tmp_path, "1 prompts are both trained", evaluation=held_out(scenes=PromptFile(str(file))))
+
+
+def test_a_surrogate_without_a_ratio_is_refused_several_updates_and_a_lag(tmp_path: Path):
+    for changes, message in (
+        ({"updates_per_rollout": 2}, "updates_per_rollout=2"),
+        ({"behaviour_decay": Ramp()}, "Ramp"),
+    ):
+        with pytest.raises(IncompatibleRecipe, match=rf"GaussianReinforce has no ratio.*{message}.*GaussianRatio"):
+            run(tmp_path / "refused", surrogate=GaussianReinforce(), **changes)
+    assert not (tmp_path / "refused").exists()
+
+
+ROUTED = CausalHistoryRouting(2, routed_frames=2, recent=2, sink=3, routed_blocks=1, stream_blocks=5)
+
+
+def test_the_clips_of_a_step_are_counted_with_their_anchors(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    recipe = {"exploration": ROUTED, "surrogate": GibbsTVE(), "advantage": AnchorRelative(), "dry_run": True}
+    run(tmp_path / "dry", generator=tiny_generator(clip_blocks=5), **recipe)
+    said = "".join(capsys.readouterr())
+    assert "step: 2 prompts × (2 branches + 1 anchor) = 6 clips, micro-batches of up to 6, 1 update(s)" in said
+    assert "nothing written; 2 steps would train on 12 clips" in said
+    run(tmp_path / "dry", dry_run=True)
+    assert "step: 2 prompts × 2 branches = 4 clips, " in "".join(capsys.readouterr())
+
+
+def test_routes_that_the_history_cannot_show_are_refused_before_anything_is_created(tmp_path: Path):
+    """At the first pivot the window has not rolled and nothing would be missing."""
+    generator = tiny_generator(clip_blocks=5, policy=SinkWindow(sink=2, window=8, relative=True))
+    recipe = {"exploration": ROUTED, "surrogate": GibbsTVE(), "advantage": AnchorRelative()}
+    check_refused(tmp_path, r"CausalHistoryRouting\.sink=3: .* SinkWindow keeps 2 of them; set sink to at most 2",
+                  generator=generator, **recipe)  # fmt: skip
 
 
 def test_an_incompatible_recipe_is_refused_before_anything_is_created(tmp_path: Path):

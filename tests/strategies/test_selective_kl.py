@@ -214,6 +214,64 @@ def test_signals_that_agree_flag_nobody():
     assert not mask_of(selective(), scores, torch.zeros(8, dtype=torch.long)).any()
 
 
+def coarse(seed: int, prompts: int, branches: int) -> tuple[Scores, Tensor]:
+    """Few branches whose scores take three values: ranks and gaps tie."""
+    random, clips = torch.Generator().manual_seed(seed), prompts * branches
+    values = {name: torch.randint(3, (clips,), generator=random).float() for name in ("main", "one", "two")}
+    return Scores.of(values), torch.arange(prompts).repeat_interleave(branches)
+
+
+Masked = Callable[[Scores, Tensor, float], Tensor]
+
+
+def check_the_ratio_is_a_bound(masked: Masked, seed: int, prompts: int, branches: int, ratio: float) -> None:
+    """No more than ⌈ρ (|D⁺| − 1)⌉ clips pay, however many tie, and all whose gap is larger than a payer's do."""
+    scores, groups = coarse(seed, prompts, branches)
+    mask = masked(scores, groups, ratio)
+    gap = rank_gap(scores.values["main"], [scores.values["one"], scores.values["two"]], groups)
+    assert int(mask.sum()) <= math.ceil(ratio * (int((gap >= 0).sum()) - 1) + 1e-9)
+    assert not mask.any() or float(gap[mask].min()) > float(gap[~mask].max())
+
+
+def strictly(scores: Scores, groups: Tensor, ratio: float) -> Tensor:
+    return mask_of(selective(ratio=ratio), scores, groups)
+
+
+def ties_included(scores: Scores, groups: Tensor, ratio: float) -> Tensor:
+    """A planted error: U ≥ τ."""
+    gap = rank_gap(scores.values["main"], [scores.values["one"], scores.values["two"]], groups)
+    return gap >= risk_threshold(gap[gap >= 0], ratio)
+
+
+def the_first_of_a_tie(scores: Scores, groups: Tensor, ratio: float) -> Tensor:
+    """A planted error: the share is filled up with whoever comes first."""
+    gap = rank_gap(scores.values["main"], [scores.values["one"], scores.values["two"]], groups)
+    count = math.ceil(ratio * (int((gap >= 0).sum()) - 1) - 1e-9)
+    return torch.zeros_like(gap).index_fill_(0, gap.argsort(descending=True, stable=True)[:count], 1.0).bool()
+
+
+COARSE = (SEEDS, st.integers(1, 6), st.integers(2, 5), RATIOS)
+
+
+def test_the_ratio_bounds_who_pays_and_a_tie_is_never_broken():
+    holds(partial(check_the_ratio_is_a_bound, strictly), *COARSE, examples=100)
+
+
+@pytest.mark.parametrize("mutant", [ties_included, the_first_of_a_tie])
+def test_the_bound_check_sees_ties_that_pay(mutant: Masked):
+    refuted(partial(check_the_ratio_is_a_bound, mutant), *COARSE)
+
+
+def test_a_largest_gap_that_more_clips_share_than_may_pay_lets_all_of_them_off():
+    """Six prompts of four: the primary turns the order of the auxiliaries around in one, in two, in three of them."""
+    groups, order = torch.arange(6).repeat_interleave(4), torch.arange(4.0)
+    for turned, paying in ((1, 1), (2, 0), (3, 0)):
+        main = torch.cat([order.flip(0) if g < turned else order for g in range(6)])
+        scores = Scores.of({"main": main, "one": order.repeat(6), "two": order.repeat(6)})
+        assert int(strictly(scores, groups, 0.04).sum()) == paying
+        assert int(ties_included(scores, groups, 0.04).sum()) == turned
+
+
 def test_without_a_clip_to_rank_nobody_is_flagged_and_the_ratio_stays():
     regularizer = SelectiveKL("main", ("one", "two"))
     bad = Scores.of({name: torch.full((4,), torch.nan) for name in ("main", "one", "two")})

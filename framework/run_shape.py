@@ -1,0 +1,100 @@
+"""The shapes of a training step, read off its parts without calling the network: what a memory estimate starts from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+from torch import nn
+
+from framework.adapters import Adaptation, LoRA
+from framework.interfaces import ExplorationStrategy, Regularizer, StreamingGenerator, SurrogatePolicy
+from framework.memory_estimate import MemoryEstimate, RolloutShape, TrainedSize, UpdateShape, estimate_memory
+from framework.records import Displacements, OnPolicyTransitions, Record
+from framework.rng import Streams
+from framework.rollout import blank_tape, noise_count, resident_frames
+from framework.trainer import Trainer
+from framework.types import Scene
+
+
+@dataclass(frozen=True)
+class StepParts:
+    """The parts of a training step that decide its shapes; as in `framework.trainer.Trainer`."""
+
+    generator: StreamingGenerator
+    exploration: ExplorationStrategy
+    surrogate: SurrogatePolicy
+    regularizer: Regularizer
+    scenes: Sequence[Scene]
+    keep: frozenset[type[Record]]
+    seed: int
+    prompts_per_step: int
+    updates_per_rollout: int
+    micro_batch_size: int
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> "StepParts":
+        """Those of one rank of a trainer."""
+        parts = cls(**{field.name: getattr(trainer, field.name) for field in fields(cls)})
+        return replace(parts, prompts_per_step=-(-trainer.prompts_per_step // trainer.world.size))
+
+
+def rollout_shape(parts: StepParts) -> RolloutShape:
+    """What the first step would generate. Raises ValueError where no plan can be made of the scenes."""
+    recipe, kernel = parts.generator.recipe, parts.exploration.kernel
+    (plan,) = parts.exploration.plan(parts.scenes[:1], [0], recipe, Streams(parts.seed).at("shapes"))
+    channels, height, width = recipe.latent
+    routed = any(branch.route is not None for branch in plan.branches)
+    return RolloutShape(
+        groups=parts.prompts_per_step,
+        branches=len(plan.branches),
+        start=plan.first_block * recipe.block_frames,
+        frames=plan.blocks * recipe.block_frames,
+        block=recipe.block_frames,
+        latent=channels * height * width,
+        draws=noise_count(kernel, recipe),
+        steps=len(recipe.schedule.sigmas),
+        path=any(issubclass(kind, tuple(parts.keep)) for kind in (Displacements, OnPolicyTransitions)),
+        routed=routed,
+        resident=resident_frames([plan], recipe.block_frames),
+    )
+
+
+def update_shape(parts: StepParts) -> UpdateShape:
+    """What the largest part of the first update would ask. Raises what `SurrogatePolicy.probes` raises."""
+    recipe = parts.generator.recipe
+    streams = Streams(parts.seed).at("shapes")
+    plans = parts.exploration.plan(parts.scenes[:1], [0], recipe, streams)
+    tape = blank_tape(plans, recipe, parts.exploration.kernel, parts.keep)
+    asked = list(parts.surrogate.probes(tape, recipe, streams))
+    largest = max(asked, key=lambda probes: probes.sigma.numel())
+    total = len(largest) * parts.prompts_per_step
+    reused = parts.surrogate.fixed_probes and parts.updates_per_rollout > 1
+    clips = min(parts.micro_batch_size, total)
+    clips -= clips % len(largest) if clips > len(largest) else 0  # whole groups, as `Probes.split` cuts them
+    return UpdateShape(
+        clips=clips,
+        total=total,
+        frames=largest.noisy.shape[3],
+        streams=largest.noisy.shape[1],
+        views=len(parts.surrogate.views | parts.regularizer.views),
+        history_grad=largest.history_grad,
+        kept=reused or (parts.surrogate.coupled and clips < total),
+    )
+
+
+def trained_size(network: nn.Module, adaptation: Adaptation) -> TrainedSize:
+    """The weights of a network that an adaptation was put on."""
+    parameters = list(network.parameters())
+    return TrainedSize(
+        frozen_bytes=sum(p.nbytes for p in parameters if not p.requires_grad),
+        trained=sum(p.numel() for p in parameters if p.requires_grad),
+        rank=adaptation.rank if isinstance(adaptation, LoRA) else None,
+    )
+
+
+def estimate_step(parts: StepParts, adaptation: Adaptation) -> MemoryEstimate | None:
+    """The memory of a training run whose adaptation is attached; None for a generator that tells no sizes."""
+    network = parts.generator.dimensions(parts.scenes[0].prompt)
+    if network is None:
+        return None
+    weights = trained_size(parts.generator.network, adaptation)
+    return estimate_memory(network, rollout_shape(parts), update_shape(parts), weights)

@@ -1,0 +1,85 @@
+"""A base that is spread over the ranks trains the adapters that a whole one trains, and is really spread."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from framework.adapters import FullFineTuning, LoRA
+from framework.distributed import World
+from framework.optimization import Constant
+from framework.policies import Policies
+from framework.sharding import check_symmetric, shard_base
+from framework.types import Scene, Segment
+from tests.framework.test_distributed import check_same_run
+from tests.ranks import MovedLoRA, WideLoRA, noting, results, run_ranks, train
+from tests.support import PROMPTS, tiny_generator
+
+
+def sharded(
+    world: World, recipe: str, dtype: torch.dtype = torch.float64, shard: bool = True, methods: bool = True
+) -> dict[str, Any]:
+    """Two steps; methods: whether methods that run outside of forward are made known."""
+    generator = tiny_generator(dtype, clip_blocks=2)
+    if not methods:
+        generator.forward_methods = ()  # pyright: ignore[reportAttributeAccessIssue]
+    adaptation = WideLoRA(4) if dtype == torch.float64 else MovedLoRA(4)
+    policies = Policies(generator, adaptation, Constant(0.0), 0.9, seed=0)
+    if shard:
+        shard_base(generator, policies.parameters, world)
+    outcome = train(world, recipe, generator=generator, policies=policies, optimizer=noting(), prompts_per_step=3)
+    frozen = {n: p for n, p in generator.network.named_parameters() if not p.requires_grad}
+    return outcome | {
+        "frozen": sum(p.numel() for p in frozen.values()),
+        "here": sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in frozen.values()),
+        "trained": sorted({str(p.dtype) for p in policies.parameters.values()}),
+        "base": sorted({str(p.dtype) for p in frozen.values()}),
+        "whole": all(not isinstance(p, DTensor) for p in policies.parameters.values()),
+    }
+
+
+@pytest.mark.parametrize("recipe", ["nft", "kvpo", "astrolabe"])
+def test_a_sharded_base_makes_the_update_of_one_rank_that_holds_all_of_it(recipe: str, tmp_path: Path):
+    (alone,) = results(1, tmp_path / "single", partial(train, recipe=recipe, prompts_per_step=3))
+    for rank in results(2, tmp_path / "ranks", partial(sharded, recipe=recipe)):
+        check_same_run(alone, rank)
+
+
+def test_each_of_two_ranks_keeps_half_of_a_bf16_base_and_all_of_the_float32_adapters(tmp_path: Path):
+    kind = torch.bfloat16
+    whole = results(2, tmp_path / "whole", partial(sharded, recipe="nft", dtype=kind, shard=False))
+    spread = results(2, tmp_path / "spread", partial(sharded, recipe="nft", dtype=kind))
+    for one, other in zip(whole, spread, strict=True):
+        assert one["here"] == one["frozen"] == other["frozen"]
+        assert other["here"] <= 0.52 * other["frozen"]  # a dimension that is odd gives one rank a row more
+        assert other["base"] == ["torch.bfloat16"] and other["trained"] == ["torch.float32"] and other["whole"]
+        check_same_run(one, other, tolerance=0.0)  # the same numbers in the same order
+
+
+def test_a_method_outside_of_forward_that_sharding_does_not_know_fails(tmp_path: Path):
+    """Why `StreamingGenerator.forward_methods` is there."""
+    outcome, _ = run_ranks(2, tmp_path, partial(sharded, recipe="nft", methods=False))
+    assert outcome.code == 1 and "DTensor" in outcome.error
+
+
+def test_sharding_is_refused_for_one_rank_and_where_nothing_is_frozen():
+    generator = tiny_generator()
+    with pytest.raises(ValueError, match="needs several ranks"):
+        shard_base(generator, LoRA(2).attach(generator.network, 0), World())
+    generator = tiny_generator()
+    with pytest.raises(ValueError, match="use LoRA"):
+        shard_base(generator, FullFineTuning().attach(generator.network, 0), World(0, 2))
+
+
+def switching(*frames: int) -> Scene:
+    return Scene("k", (Segment(PROMPTS[0]), *(Segment(PROMPTS[1], frame) for frame in frames)))
+
+
+def test_scenes_that_switch_at_different_blocks_are_refused_for_a_sharded_base():
+    check_symmetric([Scene.single(prompt) for prompt in PROMPTS], 3)
+    check_symmetric([switching(4), switching(6)], 3)  # both with the block at frame 6
+    with pytest.raises(ValueError, match=r"same frames, got switches at \[\(0,\), \(0, 6\)\]"):
+        check_symmetric([switching(), switching(4)], 3)
