@@ -1,7 +1,8 @@
 """P1: what a training step costs beyond its network passes.
 
 a: `Trainer.step` with LoRA on every linear layer, a velocity KL to the reference, and a reward that costs nothing: NFT
-with a lagging behaviour policy, which asks for most views, and CM-GRPO's Gaussian surrogate on all stochastic steps.
+with a lagging behaviour policy, which asks for most views; CM-GRPO's Gaussian surrogate on all stochastic steps; and
+KVPO, routed at all steps behind a prefix, with its anchor and a velocity KL on it.
 b: the network calls that one such step made, on the same tensors and in the same gradient mode, in a plain loop: text
 K/V, sampler calls and commits of the rollout, clean and noisy passes of each view, and the backward pass from the same
 cotangents.
@@ -27,18 +28,22 @@ from benchmarks.measure import Row, alternate, clock
 from benchmarks.scenarios import MIDDLE, random_generator
 from framework.adapters import LoRA
 from framework.advantages import GroupCentred
+from framework.anchored_advantages import AnchorCentred
 from framework.compatibility import check_recipe
 from framework.data.scenes import ShapesCaptions
 from framework.distributed import World
-from framework.interfaces import RewardModel, SurrogatePolicy
+from framework.interfaces import AdvantageRule, ExplorationStrategy, Regularizer, RewardModel, SurrogatePolicy
 from framework.optimization import AdamW, Constant
 from framework.policies import Policies
 from framework.trainer import Trainer
 from framework.types import Scores, VideoBatch
 from rewards.shapes import ShapesReward
+from strategies.exploration.causal_history_routing import CausalHistoryRouting
 from strategies.exploration.noise_endpoint import Last, NoiseEndpoint
+from strategies.regularizers.anchor_velocity import AnchorVelocityKL
 from strategies.regularizers.velocity_kl import VelocityKL
 from strategies.surrogates.gaussian_kernel import GaussianReinforce
+from strategies.surrogates.gibbs_tve import GibbsTVE
 from strategies.surrogates.nft import NFT
 from strategies.surrogates.transitions import AllSteps, TrainedSteps
 
@@ -51,7 +56,7 @@ class FreeReward(RewardModel):
         return ("order",)
 
     def score(self, videos: VideoBatch) -> Scores:
-        return Scores.of({"order": torch.arange(len(videos), dtype=torch.float32)})
+        return Scores.of({"order": -torch.arange(len(videos), dtype=torch.float32)})  # an anchor is last and worst
 
 
 @dataclass
@@ -140,10 +145,37 @@ def network_share(trainer: Trainer, network: CausalWanTransformer3DModel) -> flo
     return sum(inside) / whole
 
 
-SURROGATES: Mapping[str, Callable[[], SurrogatePolicy]] = {
-    "NFT": lambda: NFT(level_weights=(0, 1, 1, 1)),
-    "CM-GRPO": lambda: GaussianReinforce(TrainedSteps(AllSteps())),
+@dataclass(frozen=True)
+class Method:
+    """The parts that make a method. exploration: of a group size and a number of blocks."""
+
+    surrogate: Callable[[], SurrogatePolicy]
+    exploration: Callable[[int, int], ExplorationStrategy] = lambda group, blocks: NoiseEndpoint(
+        group, blocks, blocks, Last()
+    )
+    rule: Callable[[], AdvantageRule] = GroupCentred
+    regularizer: Callable[[], Regularizer] = VelocityKL
+
+
+METHODS: Mapping[str, Method] = {
+    "NFT": Method(lambda: NFT(level_weights=(0, 1, 1, 1))),
+    "CM-GRPO": Method(lambda: GaussianReinforce(TrainedSteps(AllSteps()))),
+    "KVPO": Method(
+        GibbsTVE,
+        lambda group, blocks: CausalHistoryRouting(
+            group,
+            routed_frames=3,
+            routed_blocks=blocks - 1,
+            tail_blocks=1,
+            stream_blocks=PREFIX + blocks,
+            steps=(True,) * 4,
+        ),
+        AnchorCentred,
+        AnchorVelocityKL,
+    ),
 }
+PREFIX = 4
+"""Blocks before the routed window: sink, recent frames and a pool of twice the route."""
 
 
 def build_trainer(
@@ -152,13 +184,14 @@ def build_trainer(
     group: int,
     blocks: int,
     stream_blocks: int | None = None,
-    surrogate: SurrogatePolicy | None = None,
+    method: Method = METHODS["NFT"],
     world: World | None = None,
 ) -> Trainer:
     """A trainer whose every view costs a pass once its first step is done; its window ends the stream."""
-    exploration = NoiseEndpoint(group, stream_blocks or blocks, blocks, Last())
-    surrogate = SURROGATES["NFT"]() if surrogate is None else surrogate
-    regularizer, rule = VelocityKL(), GroupCentred()
+    exploration = method.exploration(group, blocks)
+    if stream_blocks is not None:
+        exploration = NoiseEndpoint(group, stream_blocks, blocks, Last())
+    surrogate, regularizer, rule = method.surrogate(), method.regularizer(), method.rule()
     policies = Policies(generator, LoRA(), Constant(0.5), 0.9, seed=0)
     trainer = Trainer(
         generator=generator,
@@ -174,7 +207,7 @@ def build_trainer(
         seed=0,
         prompts_per_step=prompts,
         updates_per_rollout=1,
-        micro_batch_size=prompts * group,
+        micro_batch_size=prompts * (group + 1),  # with their anchors, where there are some
         world=world or World(),
     )
     trainer.step()  # from here on current, behaviour and reference differ
@@ -186,9 +219,9 @@ def measure(
 ) -> list[Row]:
     """Rows P1."""
     rows = []
-    for name, make in SURROGATES.items():
+    for name, method in METHODS.items():
         generator = random_generator(config)
-        trainer = build_trainer(generator, prompts, group, blocks, surrogate=make())
+        trainer = build_trainer(generator, prompts, group, blocks, method=method)
         recording = record_step(trainer, generator.network)
         ratio = alternate(trainer.step, lambda r=recording, g=generator: r.repeat(g.network), pairs)
         trainer.reward = ShapesReward()

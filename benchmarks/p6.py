@@ -15,7 +15,7 @@ from typing import Any
 
 from backbones.embedded.generator import CONFIG, ShapesGenerator
 from benchmarks.measure import LiveBytes, Row
-from benchmarks.p1 import SURROGATES, FreeReward
+from benchmarks.p1 import METHODS, FreeReward
 from benchmarks.scenarios import MIDDLE, random_generator
 from framework.adapters import Adaptation, FullFineTuning, LoRA
 from framework.advantages import GroupCentred
@@ -52,7 +52,7 @@ def cases(small: Mapping[str, Any] = CONFIG, large: Mapping[str, Any] = MIDDLE) 
     """What the rows compare."""
     noise, behind = NoiseEndpoint(4, 3, 3, Last()), NoiseEndpoint(4, 8, 3, Last())
     routing = CausalHistoryRouting(4, routed_frames=3, routed_blocks=2, tail_blocks=1, stream_blocks=10)
-    nft, gaussian = SURROGATES["NFT"](), SURROGATES["CM-GRPO"]()
+    nft, gaussian = METHODS["NFT"].surrogate(), METHODS["CM-GRPO"].surrogate()
     return [
         Case("NFT, embedded, LoRA", small, noise, nft, VelocityKL(), LoRA(16), 8),
         Case("NFT, embedded, LoRA, micro-batches", small, noise, nft, VelocityKL(), LoRA(16), 4),
