@@ -168,7 +168,8 @@ def check_folder(folder: Path) -> Finding:
     if not os.access(place, os.W_OK | os.X_OK):
         return Finding("output", Verdict.FATAL, f"{place} cannot be written", "give another --output_dir")
     if folder.is_dir() and any(folder.iterdir()):
-        return Finding("output", Verdict.WARNING, f"{folder} holds something", "a new run needs an empty --output_dir")
+        advice = "only an unfinished run of the same configuration goes on there; a new one needs an empty --output_dir"
+        return Finding("output", Verdict.WARNING, f"{folder} holds something", advice)
     return Finding("output", Verdict.OK, f"{folder} can be written")
 
 

@@ -7,7 +7,7 @@ A class is either an interface (here) or final. Requirements are types: `writes`
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Generic, Protocol, TypeVar
 
@@ -152,6 +152,18 @@ class StreamingGenerator(ABC, Generic[S]):
         prefix: the clean latents [P, C, start, H, W] before them, one row per N/P consecutive clips, for decoders that
         need their past; its own pixels are not returned.
         """
+
+    def decoder(self) -> Callable[[Tensor], Tensor]:
+        """A decoder of its own for N streams, called with their latents [N, C, f, H, W] block after block from frame 0:
+        pixels [N, T, 3, H, W] of each. It may remember what it has decoded, a bounded amount; this one does not."""
+        return self.decode
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Clean latents [N, C, F, H, W] of the first pixels [N, T, 3, H, W] in [−1, 1] of streams, to continue them.
+
+        Raises ValueError for a generator without an encoder.
+        """
+        raise ValueError(f"{type(self).__name__} has no encoder, so it cannot continue given frames")
 
     def dimensions(self, prompt: str) -> NetworkDimensions | None:
         """The sizes that a memory estimate needs, with a prompt of usual length; None where they are not known."""

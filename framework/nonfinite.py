@@ -38,7 +38,7 @@ class NonFiniteRule(Remembering, ABC):
 
 @dataclass(frozen=True)
 class Stop(NonFiniteRule):
-    """The first one ends the run; nothing has moved, and the last checkpoint is whole."""
+    """The first one ends the run before it moves anything, and the last checkpoint is whole."""
 
     def answer(self, found: NonFinite) -> None:
         raise found
@@ -46,8 +46,8 @@ class Stop(NonFiniteRule):
 
 @dataclass
 class Skip(NonFiniteRule):
-    """The step moves nothing and the next one follows, with other prompts and noise; ``limit`` of them in a row end the
-    run, since a policy that has diverged never comes back."""
+    """The update moves nothing and the next step follows, with other prompts and noise; ``limit`` of them in a row end
+    the run, since a policy that has diverged never comes back. Earlier updates of the same step stay."""
 
     limit: int = 3
     skipped: int = field(default=0, init=False)

@@ -66,7 +66,18 @@ def free_port() -> int:
 def run_ranks(
     size: int, folder: Path, task: Callable[..., Any], *arguments: Any, timeout: float = TIMEOUT
 ) -> list[Outcome]:
-    """``task(world, *arguments)`` on every rank of a job; what each returned, or its traceback."""
+    """``task(world, *arguments)`` on every rank of a job; what each returned, or its traceback.
+
+    Started again where another process took the port between its choice and the first rank's listening.
+    """
+    for attempt in range(3):
+        outcomes = _run_ranks(size, folder / str(attempt), task, *arguments, timeout=timeout)
+        if not any("EADDRINUSE" in outcome.error for outcome in outcomes):
+            break
+    return outcomes
+
+
+def _run_ranks(size: int, folder: Path, task: Callable[..., Any], *arguments: Any, timeout: float) -> list[Outcome]:
     folder.mkdir(parents=True, exist_ok=True)
     port, started = free_port(), time.monotonic()
     forked = multiprocessing.get_context("fork")

@@ -188,20 +188,31 @@ def test_the_installed_program_names_itself(monkeypatch: pytest.MonkeyPatch, tmp
 
 # kill −9
 
+LONG = 70
+"""Steps of the run that is killed again and again."""
 
-def train_quietly(folder: Path) -> None:
-    """One process of the chain."""
+
+def train_quietly(folder: Path, last: int) -> None:
+    """One process of the chain. At step ``last`` it waits for its kill, so that no machine is too fast for the test."""
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
+    take = Trainer.step
+
+    def step_or_wait(trainer: Trainer):
+        while trainer.steps_done >= last:
+            time.sleep(0.01)
+        return take(trainer)
+
+    Trainer.step = step_or_wait
     train(**chained(folder))
 
 
 def chained(folder: Path) -> dict:
-    """A run of seventy small steps."""
+    """A run of many small steps."""
     evaluation = replace(small_evaluation(every=10), blocks=1)
     return everything() | {
-        "output_dir": str(folder), "max_steps": 70, "prompts_per_step": 1, "evaluation": evaluation,
+        "output_dir": str(folder), "max_steps": LONG, "prompts_per_step": 1, "evaluation": evaluation,
         "checkpoint_every": 2, "threads": 1,
     }  # fmt: skip
 
@@ -214,11 +225,12 @@ def kill_chain(folder: Path, kills: int, seed: int) -> list[int]:
     draw = random.Random(seed)
     saved = []
     for _ in range(kills):
-        process = multiprocessing.get_context("fork").Process(target=train_quietly, args=(folder,))
-        process.start()
         first, further = newest(folder), draw.randrange(5)
+        last = min(max(first, 0) + further + 4, LONG - 2)
+        process = multiprocessing.get_context("fork").Process(target=train_quietly, args=(folder, last))
+        process.start()
         deadline = time.monotonic() + 120
-        while newest(folder) < first + further and process.is_alive():
+        while newest(folder) < min(first + further, last - 1) and process.is_alive():
             time.sleep(0.002)
             assert time.monotonic() < deadline, "the run makes no steps"
         time.sleep(draw.random() * 0.2)
@@ -239,7 +251,7 @@ def test_a_run_that_is_killed_twenty_times_ends_where_the_others_do(tmp_path: Pa
     assert saved == sorted(saved) and len(set(saved)) > 5, "a chain that moves"
     whole = train(**chained(tmp_path / "whole"))
     check_same_run(train(**chained(tmp_path / "killed")), whole)
-    assert [line["step"] for line in lines(whole) if "train/loss" in line] == list(range(1, 71))
+    assert [line["step"] for line in lines(whole) if "train/loss" in line] == list(range(1, LONG + 1))
 
 
 # which checkpoint
@@ -439,4 +451,16 @@ def test_a_comparison_refuses_an_unfinished_run_of_another_configuration(tmp_pat
     with pytest.raises(ValueError, match=r"nft-0 holds a run of another configuration: there 'train\.seed = 0'"):
         check_folder(folder, "train", lambda: recorded.replace("train.seed = 0", "train.seed = 1"))
     shutil.rmtree(folder / "checkpoints")
-    check_folder(folder, "train", lambda: "another")  # ended before its first checkpoint: it starts again
+    with pytest.raises(ValueError, match="holds a run of another configuration"):
+        check_folder(folder, "train", lambda: recorded.replace("train.seed = 0", "train.seed = 1"))
+
+
+@pytest.mark.slow
+def test_a_comparison_leaves_a_run_alone_that_lost_its_checkpoints(tmp_path: Path):
+    folder = tmp_path / "nft-0"
+    interrupted(folder, 1, signal.SIGTERM, code=143)
+    shutil.rmtree(folder / "checkpoints")
+    before = contents(folder)
+    failure = train_one(Planned(folder, tuple(command(folder))))
+    assert failure is not None and "an unfinished one without a checkpoint" in failure.line
+    assert contents(folder) == before

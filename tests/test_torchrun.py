@@ -11,7 +11,6 @@ import pytest
 
 from framework.cli import main
 from framework.reporting.metrics import read_metrics
-from tests.ranks import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -49,8 +48,9 @@ class Failing(RewardModel):
 
 
 def torchrun(*arguments: str, ranks: int = 2) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
-    return [sys.executable, *launcher, "-m", "framework", *arguments]
+    # standalone: the agent's own store listens on a port that it holds, so that no other test can take it in between
+    where = ["--standalone", "--local_addr", "127.0.0.1", "--nproc_per_node", str(ranks)]
+    return [sys.executable, "-m", "torch.distributed.run", *where, "-m", "framework", *arguments]
 
 
 def environment() -> dict[str, str]:

@@ -81,6 +81,9 @@ class ShapesGenerator(WanStreamingGenerator):
     def decode(self, latents: Tensor, prefix: Tensor | None = None) -> Tensor:
         return latents.transpose(1, 2)
 
+    def encode(self, pixels: Tensor) -> Tensor:
+        return pixels.transpose(1, 2)
+
 
 PACKAGED = "student.safetensors"
 BASE = "base.safetensors"

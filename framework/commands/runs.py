@@ -4,7 +4,6 @@
 """
 
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -47,8 +46,7 @@ def check_folder(folder: Path, command: str, expected: Callable[[], str]) -> Non
             raise ValueError(f"{folder} is there and holds no config.gin of a run; give another --output_dir")
         return
     if not is_finished(folder):
-        if goes_on(folder):
-            check_same_config(command, recorded.read_text(encoding="utf-8"), expected(), f"{folder} holds a run")
+        check_same_config(command, recorded.read_text(encoding="utf-8"), expected(), f"{folder} holds a run")
         return
     ignored = ("#", f"{command}.output_dir")
 
@@ -60,11 +58,6 @@ def check_folder(folder: Path, command: str, expected: Callable[[], str]) -> Non
         raise ValueError(f"{folder} holds a run of another configuration, it differs in {changed[0]!r}"
                          f"{f' and {len(changed) - 1} more lines' if len(changed) > 1 else ''}; give another "
                          f"--output_dir, or remove the folder to train it again")  # fmt: skip
-
-
-def goes_on(folder: Path) -> bool:
-    """Whether the folder of an unfinished run holds a checkpoint to go on from."""
-    return bool(Checkpoints(folder / CHECKPOINTS).folders())
 
 
 def train_all(runs: Sequence[Run], parallel: int) -> list[Failure]:
@@ -87,11 +80,8 @@ def train_all(runs: Sequence[Run], parallel: int) -> list[Failure]:
 def train_one(run: Run) -> Failure | None:
     """Train one run in a process of its own, its output in a log beside its folder."""
     name = run.folder.name
-    if goes_on(run.folder):
+    if Checkpoints(run.folder / CHECKPOINTS).folders():
         say(f"{name}: unfinished, goes on from its newest checkpoint")
-    elif run.folder.exists():  # what `check_folder` let pass: empty, or ended before its first checkpoint
-        say(f"{name}: unfinished, starts again")
-        shutil.rmtree(run.folder)
     log = run.folder.with_name(name + ".log")
     with log.open("w", encoding="utf-8") as out:
         done = subprocess.run(

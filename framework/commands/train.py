@@ -39,6 +39,7 @@ from framework.rollout import canonical, check_routes, roll_out
 from framework.run_shape import StepParts, estimate_step, update_shape
 from framework.selfchecks import check_ratio, check_replay
 from framework.trainer import Trainer
+from framework.types import Scene
 from framework.weights import start_hash
 
 
@@ -108,11 +109,7 @@ def train(
     check_signals(regularizer, reward)
     check_updates(surrogate, updates_per_rollout, behaviour_decay, max_steps)
     train_scenes, judged = scenes.scenes(), evaluation.scenes.scenes()
-    shared = {s.segments for s in train_scenes} & {s.segments for s in judged}
-    if shared:
-        example = min(segments[0].prompt for segments in shared)
-        raise ValueError(f"{len(shared)} prompts are both trained on and judged, e.g. {example!r}; "
-                         f"change train.scenes or HeldOut.scenes")  # fmt: skip
+    check_apart(train_scenes, judged)
     draw_scenes(train_scenes, 0, prompts_per_step, seed)
     prepare(generator.network, device, threads)
     policies = Policies(generator, adaptation, behaviour_decay, average_decay, seed)
@@ -167,6 +164,17 @@ def train(
     return folder
 
 
+def check_apart(trained: Sequence[Scene], judged: Sequence[Scene]) -> None:
+    """Raises ValueError where a scene is both trained on and judged."""
+    shared = {scene.segments for scene in trained} & {scene.segments for scene in judged}
+    if shared:
+        example = min(segments[0].prompt for segments in shared)
+        raise ValueError(
+            f"{len(shared)} prompts are both trained on and judged, e.g. {example!r}; change train.scenes or "
+            f"HeldOut.scenes"
+        )
+
+
 def start_lines(trainer: Trainer, tolerance: float) -> list[str]:
     """What a run proves and says before it starts. Raises what the checks raise."""
     policies, generator = trainer.policies, trainer.generator
@@ -177,7 +185,7 @@ def start_lines(trainer: Trainer, tolerance: float) -> list[str]:
     with policies.use(BEHAVIOUR):
         tape = roll_out(generator, plans, trainer.exploration.kernel, trainer.keep)
         visited = roll_out(generator, canonical(plans), trainer.exploration.kernel, frozenset({Predictions}))
-        replay = check_replay(generator, visited, tolerance)
+        replay = check_replay(generator, visited, tolerance, trainer.micro_batch_size)
     # what only a rollout can show to be wrong is better found now than after the first evaluation
     trainer.advantage(trainer.reward.score(decode_tape(generator, tape)), tape.groups, tape.anchors)
     for probes in trainer.surrogate.probes(tape, generator.recipe, Streams(trainer.seed).at("selfcheck")):

@@ -14,6 +14,8 @@ and 0 where it does (derived, tested against autograd; at θ = old, c = A):
 
     dL/dE_i = (1/(G τ)) (c_i − π_i Σ_j c_j)
 
+A branch whose reward failed is no candidate either: with A = 0 in place of a score it would be pushed by −π Σ_j c_j.
+
 So above-mean branches attract and the others repel without bound, a baseline that all branches share almost cancels,
 and drift that all energies share moves neither ρ nor the branch KL: `AnchorShift` is there to see it. The anchor was
 recorded under the canonical history: its energy is 0 while θ = old, which is logged.
@@ -63,6 +65,13 @@ def trajectory_velocity_energy(velocity: Tensor, recorded: Tensor, weight: Tenso
 def siblings(groups: Tensor, branches: Tensor) -> Tensor:
     """Which clips j are branches of clip i's group: bool [N, N]."""
     return (groups.unsqueeze(1) == groups) & branches
+
+
+def candidates(branches: Tensor, advantage: Advantage) -> Tensor:
+    """The branches that the policy chooses between: bool [N], those that were scored. A group without an active clip,
+    whose loss is 0, keeps all of its branches."""
+    open_groups = group_mean(advantage.active.double(), advantage.groups) > 0
+    return branches & (advantage.active | ~open_groups)
 
 
 def log_gibbs(energies: Tensor, temperature: Tensor | float, groups: Tensor, branches: Tensor) -> Tensor:
@@ -230,7 +239,8 @@ class GibbsTVE(SurrogatePolicy):
         return measured | {"anchor": probes.extra["anchor"].to(measured["energy"])} | endpoint_shift(views)
 
     def objective(self, statistics: Statistics, advantage: Advantage) -> Objective:
-        groups, branches = advantage.groups, statistics["anchor"] == 0
+        groups = advantage.groups
+        branches = candidates(statistics["anchor"] == 0, advantage)
         energy, old = statistics["energy"], statistics["old_energy"].detach()
         tau = self.temperature(old, groups, branches)
         log_prob, log_prob_old = (log_gibbs(e, tau, groups, branches) for e in (energy, old))

@@ -118,6 +118,21 @@ def test_a_skipped_step_moves_nothing_is_counted_and_the_next_one_trains(fault: 
     assert metrics["train/skipped_steps"] == 1.0 and moved(before, weights(trainer)) > 0
 
 
+def test_a_later_update_that_is_not_finite_leaves_the_earlier_one_of_its_step() -> None:
+    trainer = make_trainer(nonfinite=Skip(), optimizer=AdamW(1e-3), updates_per_rollout=2)
+    alone = make_trainer(optimizer=AdamW(1e-3))
+    alone.step()
+
+    class SecondFails(NFT):
+        def objective(self, statistics: Any, advantage: Advantage) -> Objective:
+            loss = super().objective(statistics, advantage)
+            return replace(loss, per_clip=loss.per_clip * (torch.inf if trainer.updates_done else 1))
+
+    trainer.surrogate = SecondFails(level_weights=LEVELS)
+    assert trainer.step() == {"train/skipped_steps": 1.0} and trainer.updates_done == 1
+    assert moved(weights(alone), weights(trainer)) == 0
+
+
 def test_a_run_that_only_skips_ends() -> None:
     trainer = run_into("gradient", Skip(limit=3))
     for _ in range(2):

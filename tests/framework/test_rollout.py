@@ -297,6 +297,30 @@ def test_a_stored_rollout_replays_to_its_own_velocities(policy: HistoryPolicy, p
     assert "relative deviation" in check_replay(generator, tape, 1e-5)
 
 
+class Narrow(ShapesGenerator):
+    """A generator with room for two clips in an update."""
+
+    def replay(self, probes: Probes) -> Tensor:
+        assert len(probes) <= 2
+        return super().replay(probes)
+
+
+def test_the_replay_of_a_rollout_needs_no_more_room_than_an_update():
+    generator, tape = rolled(Narrow, FullHistory(), 1)
+    assert replay_deviation(generator, tape, clips=2) < 1e-5
+    assert replay_deviation(generator, tape, clips=3) < 1e-5  # whole groups of two
+    with pytest.raises(AssertionError):
+        replay_deviation(generator, tape)
+    tape[Predictions].velocities[3] *= 1.1
+    assert replay_deviation(generator, tape, clips=2) > 1e-3  # the last part counts too
+
+
+def test_a_micro_batch_that_divides_groups_without_their_anchor_is_no_obstacle_to_the_replay():
+    generator = tiny_generator()
+    tape = roll_out(generator, group_plans(PROMPTS[:2], 3, 0, 2), Consistency(), frozenset({Predictions}))
+    assert replay_deviation(generator, tape, clips=2) < 1e-5
+
+
 @pytest.mark.parametrize("kind", [Blurry, NoisyContext, StaleText])
 def test_a_replay_of_another_policy_stops_the_run(kind: type[ShapesGenerator]):
     generator, tape = rolled(kind, FullHistory(), 1)

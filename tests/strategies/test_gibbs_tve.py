@@ -16,6 +16,7 @@ from framework.records import Anchors, AnchorShift, BranchLogits, Displacements,
 from framework.rng import Streams
 from framework.schedules import FewStepSchedule
 from framework.types import Advantage, BranchPlan, GroupPlan, Probes, Scene, Tape
+from strategies.regularizers.branch_kl import BranchKL
 from strategies.surrogates.gibbs_tve import (
     AutoTemperature,
     FixedTemperature,
@@ -161,16 +162,18 @@ def test_the_on_policy_check_sees_another_replay(mutant: type[GibbsTVE]):
     refuted(partial(check_on_policy, mutant()), tapes(), SEEDS)
 
 
-def check_paper_loss(surrogate: GibbsTVE, tape: Tape, seed: int, gated: bool) -> None:
-    """The trainer's mean over active clips is the paper's L averaged over the prompts that are not gated."""
+def check_paper_loss(surrogate: GibbsTVE, tape: Tape, seed: int, gated: bool, failed: bool = False) -> None:
+    """The trainer's mean over active clips is the paper's L averaged over the prompts that are not gated, each over
+    the branches that were scored and weighing as many."""
     probes, advantage = probed(surrogate, tape), advantage_for(tape, seed)
     views = views_for(probes, seed + 1)
     active = advantage.active.clone()
     if gated and len(tape.plans) > 1:
         active[: len(tape.plans[0].branches)] = False
+    active[-2] &= not failed
     result = surrogate.loss(views, probes, replace(advantage, active=active))
     mean = result.per_clip[active].sum() / active.sum()
-    prompts = []
+    total = 0.0
     for group in tape.groups.unique():
         rows = torch.nonzero((tape.groups == group) & active).squeeze(1)
         if not len(rows):
@@ -184,8 +187,8 @@ def check_paper_loss(surrogate: GibbsTVE, tape: Tape, seed: int, gated: bool) ->
             now, before = (scores[p][place] / sum(scores[p]) for p in ("current", "behaviour"))
             a = float(advantage.values[row])
             terms.append(min(now / before * a, min(max(now / before, 0.9), 1.2) * a))
-        prompts.append(-sum(terms) / len(terms))
-    close(mean, torch.tensor(sum(prompts) / len(prompts), dtype=torch.float64), atol=1e-6)  # σ is float32
+        total -= sum(terms)
+    close(mean, torch.tensor(total / int(active.sum()), dtype=torch.float64), atol=1e-6)  # σ is float32
 
 
 class AnchorInTheMean(GibbsTVE):
@@ -200,11 +203,50 @@ class AnchorInTheMean(GibbsTVE):
 @pytest.mark.parametrize("space", ["v", "x0"])
 def test_the_mean_over_active_clips_is_the_papers_loss_over_open_prompts(space: str):
     surrogate = GibbsTVE(FixedTemperature(0.3), space)
-    holds(partial(check_paper_loss, surrogate), tapes(), SEEDS, st.booleans(), examples=25)
+    holds(partial(check_paper_loss, surrogate), tapes(), SEEDS, st.booleans(), st.booleans(), examples=25)
 
 
 def test_the_loss_check_sees_a_mean_over_the_anchor_too():
     refuted(partial(check_paper_loss, AnchorInTheMean(FixedTemperature(0.3))), tapes(), SEEDS, st.booleans())
+
+
+def check_failed_reward(surrogate: GibbsTVE, tape: Tape, seed: int) -> None:
+    """A branch without a score gets no gradient and moves no sibling, whatever its energies; with the advantages of the
+    paper's rule, which are not centred. A group without any active clip has finite gradients."""
+    probes, given = probed(surrogate, tape), advantage_for(tape, seed)
+    last, first = len(tape.groups) - 2, tape.groups == tape.groups[0]
+    active = given.active & ~first if len(tape.plans) > 1 else given.active.clone()
+    active[last] = False
+    advantage = replace(given, values=given.values.abs().where(active, 0), active=active)
+    statistics = dict(surrogate.statistics(views_for(probes, seed + 1), probes))
+    results = []
+    for shift in (0.0, 0.7):
+        moved = {name: value.clone() for name, value in statistics.items()}
+        for name in ("energy", "old_energy", "reference_energy"):
+            moved[name][last] += shift
+        energy = moved["energy"].requires_grad_()
+        result = surrogate.objective(moved, advantage)
+        penalty = BranchKL(1.0).penalty(result, None)
+        (gradient,) = torch.autograd.grad(((result.per_clip + penalty) * active).sum(), energy)
+        assert bool(gradient.isfinite().all()) and bool((gradient[~active] == 0).all())
+        results.append(gradient)
+    close(results[0], results[1], atol=1e-12)
+
+
+class FailedAsCandidate(GibbsTVE):
+    """A planted error: a branch without a score counts as one of advantage 0."""
+
+    def objective(self, statistics, advantage):
+        return super().objective(statistics, replace(advantage, active=statistics["anchor"] == 0))
+
+
+@pytest.mark.parametrize("temperature", [FixedTemperature(0.3), AutoTemperature()])
+def test_a_branch_whose_reward_failed_is_no_candidate(temperature):
+    holds(partial(check_failed_reward, GibbsTVE(temperature)), tapes(), SEEDS, examples=25)
+
+
+def test_the_check_of_failed_rewards_sees_a_candidate_of_advantage_zero():
+    refuted(partial(check_failed_reward, FailedAsCandidate()), tapes(), SEEDS)
 
 
 def check_permutation(surrogate: GibbsTVE, tape: Tape, seed: int) -> None:
