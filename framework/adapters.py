@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, PeftType, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from torch import nn
 
+from framework.distributed import whole
 from framework.weights import check_tensors, read_tensors, save_tensors
 
 ADAPTER = "default"
@@ -29,8 +30,11 @@ class Adaptation(ABC):
         """Freeze what is not trained; return the trained parameters by name, float32."""
 
     @abstractmethod
-    def save(self, network: nn.Module, folder: Path) -> None:
-        """Write the trained parameters as safetensors into a new folder."""
+    def save(self, network: nn.Module, folder: Path, write: bool = True) -> None:
+        """Write the trained parameters as safetensors into a new folder.
+
+        write: False on all ranks but one; every rank takes part where parameters are sharded.
+        """
 
     @abstractmethod
     def describe(self, parameters: dict[str, nn.Parameter]) -> str:
@@ -86,7 +90,9 @@ class LoRA(Adaptation):
                 f"{type(network).__name__}; its linear layers end in {sorted(ends)}"
             )
 
-    def save(self, network: nn.Module, folder: Path) -> None:
+    def save(self, network: nn.Module, folder: Path, write: bool = True) -> None:
+        if not write:
+            return
         folder.mkdir(parents=True)
         weights = get_peft_model_state_dict(network, adapter_name=ADAPTER)  # pyright: ignore[reportArgumentType]
         save_tensors(folder / "adapter_model.safetensors", weights)
@@ -117,9 +123,15 @@ class FullFineTuning(Adaptation):
             )
         return dict(network.named_parameters())
 
-    def save(self, network: nn.Module, folder: Path) -> None:
-        folder.mkdir(parents=True)
-        save_tensors(folder / "model.safetensors", network.state_dict())
+    def save(self, network: nn.Module, folder: Path, write: bool = True) -> None:
+        weights = {}
+        for name, value in network.state_dict().items():
+            gathered = whole(value)
+            if write:
+                weights[name] = gathered.cpu()
+        if write:
+            folder.mkdir(parents=True)
+            save_tensors(folder / "model.safetensors", weights)
 
     def describe(self, parameters: dict[str, nn.Parameter]) -> str:
         return "full fine-tuning"

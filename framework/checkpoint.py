@@ -56,9 +56,7 @@ class Checkpoints:
     """The checkpoints of one run, newest last.
 
     keep: how many stay; older ones are removed after a new one is published. rank, world, barrier: one process of
-    several writes its own part, rank 0 publishes; with one process the barrier is nothing. State that is sharded over
-    processes would be written into the staged folder by torch.distributed.checkpoint in place of `write_part`; staging,
-    hashes, manifest and rename stay as they are.
+    several writes its own part, rank 0 publishes; with one process the barrier is nothing.
     """
 
     root: Path
@@ -72,11 +70,14 @@ class Checkpoints:
         found = [path for path in self.root.glob("step-*") if path.name.removeprefix("step-").isdigit()]
         return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
-    def write(self, step: int, parts: Mapping[str, Any], config: str) -> Path:
+    def write(
+        self, step: int, parts: Mapping[str, Any], config: str, together: Callable[[Path], None] | None = None
+    ) -> Path:
         """Publish a checkpoint; every process calls it with the parts that are its own. One of that step is replaced.
 
-        parts: name → state, e.g. ``shared`` from rank 0 and ``rank-00001`` from rank 1. Raises ValueError for a state
-        that cannot be written, OSError for a disk that cannot take it; the checkpoints that are there stay as they are.
+        parts: name → state, e.g. ``shared`` from rank 0 and ``rank-00001`` from rank 1. together: writes further files
+        into the folder, called by all processes at once. Raises ValueError for a state that cannot be written, OSError
+        for a disk that cannot take it; the checkpoints that are there stay as they are.
         """
         name = f"step-{step:06d}"
         staged, final = self.root / f".staged-{name}", self.root / name
@@ -87,6 +88,8 @@ class Checkpoints:
             self.barrier()
             for part, state in parts.items():
                 write_part(staged / f"{part}.safetensors", state)
+            if together is not None:
+                together(staged)
             self.barrier()
             if self.rank == 0:
                 (staged / CONFIG).write_text(config, encoding="utf-8")

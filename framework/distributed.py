@@ -17,12 +17,13 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from torch.distributed.tensor import DTensor
 
 from framework.devices import local_device
 from framework.types import Advantage, GroupPlan, Scores, Tape
@@ -46,8 +47,8 @@ class Distribution:
 
     timeout_s: how long a rank waits for the others before the job ends; longer than the slowest thing that ranks do
     apart, a rollout or an evaluation. checksum_every: steps between comparisons of all policies over the ranks, 0 for
-    the start of the run only. shard_base: FSDP2, each rank keeps its part of the frozen weights; adapters, their
-    optimiser and the averaged policies stay whole on every rank.
+    the start of the run only. shard_base: FSDP2, each rank keeps its part of the weights; adapters, their optimiser and
+    the averaged policies stay whole on every rank, those of `FullFineTuning` are sharded too.
     """
 
     timeout_s: float = 1800.0
@@ -150,10 +151,12 @@ class World:
     ) -> dict[str, Tensor | float]:
         """Sum gradients, in place, and metrics over the ranks. A parameter without a gradient on any rank keeps none.
 
-        Sums, not means: each rank has divided by the counts of the whole step.
+        Sums, not means: each rank has divided by the counts of the whole step. Gradients of sharded parameters were
+        summed in the backward pass.
         """
         if self.size == 1:
             return dict(metrics)
+        parameters = {name: p for name, p in parameters.items() if not isinstance(p, DTensor)}
         names = sorted(metrics)
         table = torch.stack([torch.as_tensor(metrics[name]).to(self.device, torch.float64) for name in names])
         reached = torch.tensor([p.grad is not None for p in parameters.values()], dtype=torch.float64)
@@ -189,8 +192,12 @@ class World:
         return bool(self.most(int(flag)))
 
     def check_equal(self, tensors: Mapping[str, Tensor], what: str) -> None:
-        """Compare tensors bit for bit over the ranks. Raises RanksDiverged that names the first one that differs."""
-        if self.size == 1:
+        """Compare tensors bit for bit over the ranks. Raises RanksDiverged that names the first one that differs.
+
+        A sharded tensor is no copy of another rank's and is left out.
+        """
+        tensors = {name: tensor for name, tensor in tensors.items() if not isinstance(tensor, DTensor)}
+        if self.size == 1 or not tensors:
             return
         mine = torch.stack([fingerprint(tensor) for tensor in tensors.values()]).to(self.device)
         table = self.gather(mine[None])
@@ -207,6 +214,23 @@ class World:
     def check_text(self, text: str, what: str) -> None:
         """Raises RanksDiverged where a rank was given another text, e.g. another configuration."""
         self.check_equal({what: torch.tensor(list(hashlib.blake2b(text.encode()).digest()))}, what)
+
+
+def held(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: all of it, or its part of one that is sharded over the ranks."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor. Every rank has to ask for one that is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def any_sharded(state: Any) -> bool:
+    """Whether a state of nested dicts, lists and tuples holds a sharded tensor."""
+    if isinstance(state, Mapping):
+        return any(any_sharded(value) for value in state.values())
+    return any(map(any_sharded, state)) if isinstance(state, list | tuple) else isinstance(state, DTensor)
 
 
 def widened(windows: Tensor, width: int) -> Tensor:

@@ -23,7 +23,8 @@ class Interruption:
 
     resume: how to go on, for the message. agree: what several processes make of the signal that each has seen (0 for
     none), so that all stop after the same step; asked once per deferred block, by `poll`. A second signal acts as it
-    would have without this. Outside the main thread, where Python delivers no signals, nothing is installed.
+    would have without this. A signal that the process was started to ignore, as shells do with Ctrl-C for commands in
+    the background, stays ignored. Outside the main thread, where Python delivers no signals, nothing is installed.
     """
 
     def __init__(self, resume: str, agree: Callable[[int], int] = lambda seen: seen) -> None:
@@ -36,7 +37,8 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+            heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._receive) for number in heard}
         return self
 
     def __exit__(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from framework.distributed import held, whole
 from framework.interfaces import Schedule
 from framework.nonfinite import NonFinite
 
@@ -92,10 +93,11 @@ class AdamW:
     ) -> dict[str, Tensor]:
         """Clip, step, clear. Raises NonFinite for a gradient, or a term of the loss, before any parameter moves."""
         # the norm before any clipping: a NaN norm would spread to all gradients and hide where it came from
-        norm = nn.utils.get_total_norm([p.grad for p in named.values() if p.grad is not None])
+        norm = whole(nn.utils.get_total_norm([p.grad for p in named.values() if p.grad is not None]))
         watched = torch.stack([norm, *(value.detach().to(norm) for value in (terms or {}).values())])
         if not bool(torch.isfinite(watched).all()):  # one read per optimiser step
-            gradient = next((n for n, p in named.items() if p.grad is not None and not p.grad.isfinite().all()), None)
+            reached = {name: held(p.grad) for name, p in named.items() if p.grad is not None}
+            gradient = next((name for name, grad in reached.items() if not grad.isfinite().all()), None)
             found = [name for name, value in (terms or {}).items() if not bool(torch.isfinite(value))]
             if gradient is not None or not found:
                 found.insert(0, f"gradient in {gradient or 'the norm'}")

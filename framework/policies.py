@@ -5,15 +5,16 @@ autograd itself raises if a graph of the current policy were still waiting for i
 few megabytes, and the initial reference (B = 0) is exactly the base.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from framework.adapters import Adaptation
 from framework.averaging import WeightAverage
+from framework.distributed import held
 from framework.interfaces import Schedule, StreamingGenerator
 from framework.types import Loss, Objective, Probes
 from framework.weights import check_tensors
@@ -38,14 +39,22 @@ class Policies:
     ) -> None:
         self.generator = generator
         self.adaptation = adaptation
-        self.parameters = adaptation.attach(generator.network, seed)
         self.behaviour_decay = behaviour_decay
         self.average_decay = average_decay
-        self.sets = {name: WeightAverage(self.parameters) for name in (BEHAVIOUR, REFERENCE, AVERAGE)}
-        self._current = [torch.empty_like(p) for p in self.parameters.values()]
         self._in_use: str | None = None
+        self._take(adaptation.attach(generator.network, seed))
+
+    def _take(self, parameters: dict[str, nn.Parameter]) -> None:
+        """Train these; every policy starts at their values."""
+        self.parameters = parameters
+        self.sets = {name: WeightAverage(parameters) for name in (BEHAVIOUR, REFERENCE, AVERAGE)}
+        self._current = [torch.empty_like(held(p)) for p in parameters.values()]
         self._equal = {BEHAVIOUR, REFERENCE, AVERAGE}
         """Sets that hold exactly the current values: asking them is asking the current policy."""
+
+    def spread(self, shard: Callable[[dict[str, nn.Parameter]], dict[str, nn.Parameter]]) -> None:
+        """Spread the network over the ranks, before the first step; ``shard`` returns what is trained from then on."""
+        self._take(shard(self.parameters))
 
     @contextmanager
     def use(self, name: str) -> Iterator[None]:
@@ -58,8 +67,8 @@ class Policies:
         if name == CURRENT or name in self._equal:
             yield
             return
-        parameters: list[Tensor] = list(self.parameters.values())
-        values = list(self.sets[name].weights.values())
+        parameters = [held(parameter) for parameter in self.parameters.values()]
+        values = [held(value) for value in self.sets[name].weights.values()]
         with torch.no_grad():
             torch._foreach_copy_(self._current, parameters)
             torch._foreach_copy_(parameters, values)

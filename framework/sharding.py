@@ -1,4 +1,4 @@
-"""A frozen base that is spread over the ranks (FSDP2), with adapters that are not.
+"""A network that is spread over the ranks (FSDP2): a frozen base with whole adapters, or all of one that is trained.
 
 Apart from `framework.distributed` because importing FSDP costs a second and most runs do not shard.
 """
@@ -8,36 +8,41 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from framework.distributed import World
 from framework.interfaces import StreamingGenerator
 from framework.types import Scene
 
 
-def shard_base(generator: StreamingGenerator, trained: Mapping[str, nn.Parameter], world: World) -> None:
-    """Keep 1 / size of the frozen weights on each rank (FSDP2), gathered block by block when a block runs.
+def shard_base(
+    generator: StreamingGenerator, world: World, trained: Mapping[str, nn.Parameter]
+) -> dict[str, nn.Parameter]:
+    """Keep 1 / size of the weights on each rank (FSDP2), gathered block by block when a block runs.
 
-    What is trained stays whole, in float32, and is reduced like that of unsharded ranks. Raises ValueError for a single
-    rank, and where frozen weights are few because everything is trained.
+    Adapters stay whole, in float32, and are reduced like those of unsharded ranks. Where everything is trained there is
+    no base apart: every weight is sharded, and with it its gradient, its optimiser state and all policies. Returns what
+    is trained from now on. Raises ValueError for a single rank.
     """
     network = generator.network
     if world.size == 1:
         raise ValueError(
             "Distribution.shard_base=True needs several ranks; start them with torchrun, or leave it False"
         )
-    if not any(not p.requires_grad for p in network.parameters()):
-        raise ValueError(
-            "Distribution.shard_base=True shards frozen weights, and this run trains all of them; use LoRA"
-        )
     mesh = init_device_mesh(torch.device(world.device).type, (world.size,))
-    whole = set(trained.values())
+    everything = all(parameter.requires_grad for parameter in network.parameters())
+    whole = set() if everything else set(trained.values())
     blocks = [block for part in network.children() if isinstance(part, nn.ModuleList) for block in part]
     for module in (*blocks, network):
-        fully_shard(module, mesh=mesh, ignored_params=whole)
+        # the root, too, lets go of what it gathered: a policy is put in force by writing to each rank's own part
+        fully_shard(module, mesh=mesh, ignored_params=whole, reshard_after_forward=True)
+        assert isinstance(module, FSDPModule)
+        module.set_gradient_divide_factor(1.0)  # sums, not means: each rank has divided by the counts of the whole step
+        module.set_force_sum_reduction_for_comms(True)
         for method in generator.forward_methods:
             if callable(getattr(module, method, None)):
                 register_fsdp_forward_method(module, method)
+    return dict(network.named_parameters()) if everything else dict(trained)
 
 
 def check_symmetric(scenes: Iterable[Scene], block_frames: int) -> None:

@@ -1,10 +1,12 @@
-"""No test leaves a gin binding or a search path behind for the next one, and none waits for a second thread.
+"""No test leaves a gin binding or a search path behind for the next one, none waits for a second thread, and Ctrl-C
+reaches the tests of signals also where the shell that started them has it ignored.
 
 Tensors here are tiny: a second thread gains nothing, and where another process holds its core, threads that spin at
 every barrier make the suite ten times slower.
 """
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -14,6 +16,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

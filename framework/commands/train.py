@@ -120,7 +120,7 @@ def train(
 
         check_symmetric(train_scenes, generator.recipe.block_frames)
         check_symmetric(judged, generator.recipe.block_frames)
-        shard_base(generator, policies.parameters, world)
+        policies.spread(partial(shard_base, generator, world))
     trainer = Trainer(
         generator, exploration, surrogate, reward, advantage, regularizer, policies, optimizer, train_scenes, keep,
         seed, prompts_per_step, updates_per_rollout, micro_batch_size, reference, world, distribution.checksum_every,
@@ -148,8 +148,7 @@ def train(
         before = run.begin(start)
         run.train(max_steps, "training")
         with policies.use(AVERAGE):
-            if world.first:
-                adaptation.save(generator.network, folder / "adapter")
+            adaptation.save(generator.network, folder / "adapter", write=world.first)
             after = evaluation.judge(generator, "held-out evaluation after", world)
         if not world.first:
             return folder

@@ -4,12 +4,15 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 from framework.accounting import Scalars
 from framework.checkpoint import SHARED, Checkpoints, file_hash, rank_part, read_part, write_part
 from framework.commands.ranks import NoLog
 from framework.commands.resumption import Start, fitting
+from framework.distributed import any_sharded
 from framework.evaluation import EvaluationResult
 from framework.interruption import Interruption
 from framework.random_state import random_state, restore_random_state
@@ -18,6 +21,8 @@ from framework.reporting.progress import progress, say
 from framework.types import VideoBatch, Window
 
 BEFORE = "before.safetensors"
+SHARDED_FILES = "shard-*.safetensors"
+"""How torch.distributed.checkpoint names the files of what ranks hold in parts."""
 
 
 class Steps(Protocol):
@@ -76,7 +81,7 @@ class TrainingRun:
             say(f"{path} is missing or damaged; the start is judged again")
             before = self.judge_start()  # now, before the weights of the checkpoint take its place
         with fitting(start):
-            self.trained.load_state_dict(shared.pop("trained"))
+            self.trained.load_state_dict(sharded_again(self.trained, shared.pop("trained"), start.source))
             self.spent, self.earlier = shared["core_s"], shared["process_core_s"]
             if start.own is not None:
                 restore_random_state(start.own["random"])
@@ -118,17 +123,39 @@ class TrainingRun:
     def save(self) -> None:
         """Write a checkpoint of where the run stands."""
         parts: dict[str, Any] = {rank_part(self.checkpoints.rank): {"random": random_state()}}
+        trained, together = apart(self.trained)
         if self.checkpoints.rank == 0:
             parts[SHARED] = {
-                "trained": self.trained.state_dict(),
+                "trained": trained,
                 "core_s": self.spent,
                 "process_core_s": self.earlier + time.process_time(),
                 "log": self.log.position(),
                 "before": self.before_hash,
                 "weights": self.weights,
             }
-        path = self.checkpoints.write(self.trained.steps_done, parts, self.config)
+        path = self.checkpoints.write(self.trained.steps_done, parts, self.config, together)
         self.stop.saved = f"saved {path}"
+
+
+def apart(trained: Steps) -> tuple[dict[str, Any], Callable[[Path], None] | None]:
+    """The state of what is trained, and who writes the part of it that is sharded, None where nothing is."""
+    state = trained.state_dict()
+    if not any_sharded(state):
+        return state, None
+    from framework.sharded_state import parted, write_sharded  # takes a second to import
+
+    rest, tensors = parted(state)
+    return rest, partial(write_sharded, tensors=tensors)
+
+
+def sharded_again(trained: Steps, state: dict[str, Any], source: Path | None) -> dict[str, Any]:
+    """A state as `apart` left it, with what was written apart, sharded as what is trained is now."""
+    now = trained.state_dict()
+    if source is None or not (any_sharded(now) or any(source.glob(SHARDED_FILES))):
+        return state
+    from framework.sharded_state import mesh_of, restored
+
+    return restored(state, source, mesh_of(now))
 
 
 def log_evaluation(log: MetricsLogger | NoLog, step: int, samples: int, result: EvaluationResult) -> None:

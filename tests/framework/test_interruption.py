@@ -53,6 +53,16 @@ def test_a_second_interrupt_does_not_wait():
     assert not isinstance(second.value, Stopped)
 
 
+def test_a_signal_that_the_process_ignores_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interruption("this") as stop, stop.deferred():
+            signal.raise_signal(signal.SIGINT)
+            assert not stop.poll()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_an_error_inside_of_the_block_is_not_hidden_by_a_signal():
     with pytest.raises(FloatingPointError), Interruption("this") as stop, stop.deferred():
         signal.raise_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""A base that is spread over the ranks trains the adapters that a whole one trains, and is really spread."""
+"""A network that is spread over the ranks trains what a whole one trains, and is really spread."""
 
 from functools import partial
 from pathlib import Path
@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from framework import sharding
 from framework.adapters import FullFineTuning, LoRA
-from framework.distributed import World
-from framework.optimization import Constant
+from framework.distributed import World, held, whole
+from framework.optimization import AdamW, Constant
 from framework.policies import Policies
 from framework.sharding import check_symmetric, shard_base
 from framework.types import Scene, Segment
 from tests.framework.test_distributed import check_same_run
-from tests.ranks import MovedLoRA, WideLoRA, noting, results, run_ranks, train
+from tests.ranks import MovedLoRA, WideLoRA, make, noting, results, run_ranks, train
 from tests.support import PROMPTS, tiny_generator
 
 
@@ -29,7 +30,7 @@ def sharded(
     adaptation = WideLoRA(4) if dtype == torch.float64 else MovedLoRA(4)
     policies = Policies(generator, adaptation, Constant(0.0), 0.9, seed=0)
     if shard:
-        shard_base(generator, policies.parameters, world)
+        policies.spread(partial(shard_base, generator, world))
     outcome = train(world, recipe, generator=generator, policies=policies, optimizer=noting(), prompts_per_step=3)
     frozen = {n: p for n, p in generator.network.named_parameters() if not p.requires_grad}
     return outcome | {
@@ -65,13 +66,66 @@ def test_a_method_outside_of_forward_that_sharding_does_not_know_fails(tmp_path:
     assert outcome.code == 1 and "DTensor" in outcome.error
 
 
-def test_sharding_is_refused_for_one_rank_and_where_nothing_is_frozen():
+def trained_whole(world: World, recipe: str, shard: bool = True, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    """Two steps of full fine-tuning."""
+    generator = tiny_generator(dtype, clip_blocks=2)
+    policies = Policies(generator, FullFineTuning(), Constant(0.5), 0.9, seed=0)
+    if shard:
+        policies.spread(partial(shard_base, generator, world))
+    trainer = make(recipe, world, generator=generator, policies=policies, prompts_per_step=3, optimizer=AdamW(1e-4))
+    metrics = [trainer.step() for _ in range(2)]
+    optimizer = trainer.torch_optimizer.state.values()
+    tensors = trainer.policies.tensors() | {f"{i}/{n}": v for i, s in enumerate(optimizer) for n, v in s.items()}
+    return {
+        "metrics": [{k: float(v) for k, v in m.items() if not k.startswith("time/")} for m in metrics],
+        "tensors": {name: whole(value).detach().clone() for name, value in tensors.items()},
+        "here": sum(held(value).numel() for value in tensors.values()),
+        "all": sum(value.numel() for value in tensors.values()),
+    }
+
+
+@pytest.mark.parametrize("recipe", ["nft", "kvpo", "raven", "astrolabe"])
+def test_full_fine_tuning_of_a_sharded_network_makes_the_update_of_one_rank(recipe: str, tmp_path: Path):
+    """With a behaviour policy that lags and, for some, a reference: every policy is put in force on every rank."""
+    (alone,) = results(1, tmp_path / "single", partial(trained_whole, recipe=recipe, shard=False))
+    for rank in results(2, tmp_path / "ranks", partial(trained_whole, recipe=recipe)):
+        assert rank["here"] <= 0.52 * alone["here"] and rank["all"] == alone["all"]
+        for one, other in zip(alone["metrics"], rank["metrics"], strict=True):
+            assert one.keys() == other.keys()
+            assert all(other[name] == pytest.approx(value, rel=1e-6, abs=1e-9) for name, value in one.items())
+        assert alone["tensors"].keys() == rank["tensors"].keys()
+        for name, value in alone["tensors"].items():
+            assert torch.allclose(rank["tensors"][name], value, rtol=1e-9, atol=1e-9), name
+
+
+def means(world: World) -> dict[str, Any]:
+    """A planted error: gradients averaged over the ranks, FSDP's default."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.distributed.fsdp.FSDPModule.set_gradient_divide_factor", lambda *_: None)
+        patch.setattr("torch.distributed.fsdp.FSDPModule.set_force_sum_reduction_for_comms", lambda *_: None)
+        return trained_whole(world, "nft")
+
+
+def stale(world: World) -> dict[str, Any]:
+    """A planted error: the root keeps what it gathered, so that another policy is put in force in the blocks only."""
+    real = sharding.fully_shard
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "fully_shard", lambda *a, **k: real(*a, **k | {"reshard_after_forward": None}))
+        return trained_whole(world, "kvpo")
+
+
+@pytest.mark.parametrize(("mutant", "recipe"), [(means, "nft"), (stale, "kvpo")])
+def test_the_comparison_sees_means_and_a_root_that_is_not_resharded(mutant, recipe: str, tmp_path: Path):
+    (alone,) = results(1, tmp_path / "single", partial(trained_whole, recipe=recipe, shard=False))
+    for rank in results(2, tmp_path / "ranks", mutant):
+        name = "train/grad_norm"
+        assert rank["metrics"][1][name] != pytest.approx(alone["metrics"][1][name], rel=1e-3)
+
+
+def test_sharding_is_refused_for_one_rank():
     generator = tiny_generator()
     with pytest.raises(ValueError, match="needs several ranks"):
-        shard_base(generator, LoRA(2).attach(generator.network, 0), World())
-    generator = tiny_generator()
-    with pytest.raises(ValueError, match="use LoRA"):
-        shard_base(generator, FullFineTuning().attach(generator.network, 0), World(0, 2))
+        shard_base(generator, World(), LoRA(2).attach(generator.network, 0))
 
 
 def switching(*frames: int) -> Scene:
