@@ -43,7 +43,7 @@ $(STAMP):
 	rm -f $(VENV)/.armillary-*
 	$(PIP) install --upgrade "pip>=24" "setuptools>=77"
 	$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH_SPEC)"
-	$(PIP) install -e .
+	$(PIP) install -e ".[serve]"  # tests of the reward service run with it, and are skipped without
 	touch $@
 
 $(STAMP)-dev: $(STAMP)

@@ -36,9 +36,34 @@ PARTS = [
     "shapes_proxies = rewards.shapes_proxies",
     "composite = rewards.composite",
     "random_control = rewards.random_control",
+    "function = rewards.function",
+    "frame_sampling = rewards.frame_sampling",
+    "videoalign = rewards.videoalign",
+    "hpsv3 = rewards.hpsv3",
+    "qwen2vl.RewardTokens = rewards.qwen2vl:RewardTokens",
+    "qwen2vl.UnmergedLoRA = rewards.qwen2vl_loading:UnmergedLoRA",
+    "encoders = rewards.encoders",
+    "clip_score = rewards.clip_score",
+    "aesthetic = rewards.aesthetic",
+    "subject_consistency = rewards.subject_consistency",
+    "optical_flow = rewards.optical_flow",
+    "dynamic_degree = rewards.dynamic_degree",
+    "warp_smoothness = rewards.warp_smoothness",
+    "failure = rewards.failure",
+    "caching = rewards.caching",
+    "client = rewards.service.client",
+    "worker = rewards.service.worker",
+    "calling.Patience = rewards.service.calling:Patience",
+    "serving.Limits = framework.serving.scoring:Limits",
+    "serving.ProbeClip = framework.serving.service:ProbeClip",
     # generators
     "embedded = backbones.embedded.generator",
     "recache = backbones.recache",
+    "history = backbones.history",
+    "memory_bank = backbones.memory_bank",
+    "wan = backbones.wan.generator",
+    "wan.WanRecipe = backbones.wan.recipes:WanRecipe",
+    "wan.ReleasedLoRA = backbones.wan.recipes:ReleasedLoRA",
     # the papers' claims
     "claim.Claim = framework.claims:Claim",
     "claim.HeldOutDifference = framework.claims:HeldOutDifference",
@@ -61,10 +86,14 @@ PARTS = [
     "reference = framework.reference",
     "optimization.AdamW = framework.optimization:AdamW",
     "scenes = framework.data.scenes",
+    "timeline = framework.timeline",
     "schedules.FewStepSchedule = framework.schedules:FewStepSchedule",
     "controls.ShapesControls = framework.data.shapes_controls:ShapesControls",
     "world.PreferenceWorld = framework.data.shapes:PreferenceWorld",
 ]
+
+SERVE = ["fastapi>=0.115,<1", "uvicorn>=0.30,<1", "httpx>=0.27,<1", "msgpack>=1.1,<2"]
+"""What serving rewards needs."""
 
 setup(
     name="armillary",
@@ -92,6 +121,7 @@ setup(
         "numpy>=2,<3",
         "einops>=0.8,<1",
         "safetensors>=0.6,<1",
+        "huggingface-hub>=1,<3",
         "tensorboard>=2.18,<3",
         "av>=14,<19",
         "pillow>=11,<14",
@@ -103,13 +133,16 @@ setup(
         "pytest>=8,<10",
     ],
     extras_require={
+        "flow": ["torchvision>=0.26,<0.29"],  # 0.26 … 0.28 are built for torch 2.11 … 2.13
         "wandb": ["wandb>=0.19,<1"],
+        "serve": SERVE,
         "dev": [
             "build>=1.2,<2",
             "import-linter>=2.3,<3",
             "pyright>=1.1.400,<1.2",
             "pytest-xdist>=3.6,<4",
             "ruff>=0.12,<1",
+            *SERVE,
         ],
     },
     entry_points={

@@ -1,16 +1,52 @@
 """The clean past of a stream: an immutable KV history addressed by frame id, and the policies that decide who sees it.
 
 Keys are stored without rotation. A *policy* is a pure rule on integers: which committed frames a block sees, and at
-which temporal positions. Rollout, packed replay and export ask the same policy object, so they cannot disagree.
+which temporal positions. Rollout, packed replay and export ask the same policy object, so they cannot disagree. What a
+policy chooses by content, per layer and clip, is a `Memory` that the stream carries beside its frames.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from backbones.visible import Chunk, LayerKV, VisibleKV, as_pieces, as_runs
+
+
+class Memory(ABC):
+    """What a stream remembers beyond its frames, chosen by content: an immutable value, renewed by commits only.
+
+    A block is shown `kv` of what `recall` gives, all its denoising steps and its clean pass the same; then `record`
+    makes the memory of the next block. Branches of a fork share it: its tensors have R rows, R dividing the batch.
+    """
+
+    @property
+    @abstractmethod
+    def kv(self) -> tuple[LayerKV, ...]:
+        """What is shown, per layer (k, v) [R, frames, S, heads, head_dim]; k is rotated. Empty for nothing."""
+
+    @property
+    @abstractmethod
+    def frames(self) -> Tensor:
+        """Ids of the frames shown [layers, R, frames]."""
+
+    @abstractmethod
+    def recall(self, text: Sequence[Tensor]) -> "Memory":
+        """As the next block sees it. text: keys of the prompts per layer [P, L, heads, head_dim], P dividing R."""
+
+    @abstractmethod
+    def record(self, kv: Sequence[LayerKV], start: int, rotate: Callable[[Tensor, int], Tensor]) -> "Memory":
+        """After the clean pass of a block at ``start``; rotate(k [N, 1, S, heads, d], frame) → k at that position."""
+
+    @abstractmethod
+    def switched(self, rows: Sequence[int] | None, batch: int) -> "Memory":
+        """After the prompts of some rows of the batch, None for all, have changed."""
+
+    @abstractmethod
+    def as_stored(self) -> "Memory":
+        """What a pass between two blocks sees, such as a recache: whatever takes no choice by content."""
 
 
 class HistoryPolicy(ABC):
@@ -27,6 +63,15 @@ class HistoryPolicy(ABC):
     @abstractmethod
     def retains(self, frame: int, start: int) -> bool:
         """Whether a committed frame can still be seen by a block that starts at or after ``start``."""
+
+    @property
+    def remembered(self) -> int:
+        """How many frames of a memory a block sees at most, beside the visible ones."""
+        return 0
+
+    def memory(self) -> Memory | None:
+        """The memory of a stream that has seen nothing; None for a policy that is a rule on integers alone."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -87,6 +132,42 @@ class SinkWindow(HistoryPolicy):
 
 
 @dataclass(frozen=True)
+class AnchorWindow(HistoryPolicy):
+    """The first ``anchor`` frames, moved along so that they stay near, and the most recent ones (Rolling Forcing).
+
+    window: anchor, recent and the current block together. offset: how many positions before the block the anchor
+    starts, once it would lie farther back; everything else stays at its frame id. With offset = window − block the
+    anchor stands right before the recent frames, which is what `SinkWindow` does with relative = True.
+    """
+
+    anchor: int = 3
+    window: int = 21
+    offset: int = 21
+
+    def __post_init__(self) -> None:
+        if self.anchor < 0 or self.window <= self.anchor:
+            raise ValueError(
+                f"AnchorWindow.window counts the anchor and the current block: it must exceed anchor={self.anchor}, "
+                f"got window={self.window}"
+            )
+
+    def visible(self, start: int, length: int) -> tuple[int, ...]:
+        return SinkWindow(self.anchor, self.window).visible(start, length)
+
+    def positions(self, visible: Sequence[int], start: int, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        if self.offset < self.window - length:
+            raise ValueError(
+                f"AnchorWindow.offset={self.offset} puts the anchor among the recent frames of a block of {length}: it "
+                f"must be at least window − block = {self.window - length}"
+            )
+        moved = max(0, start - self.offset)
+        return tuple(i + moved if i < self.anchor else i for i in visible), tuple(range(start, start + length))
+
+    def retains(self, frame: int, start: int) -> bool:
+        return SinkWindow(self.anchor, self.window).retains(frame, start)
+
+
+@dataclass(frozen=True)
 class KVHistory:
     """Committed frames in order. Every operation returns a new history that shares the old tensors.
 
@@ -106,6 +187,12 @@ class KVHistory:
     def frame_ids(self) -> tuple[int, ...]:
         """Ids of the frames that are still resident, ascending."""
         return tuple(i for chunk in self.chunks for i in range(chunk.start, chunk.stop))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the distinct storages that keep the frames alive, all rows and layers together."""
+        storages = [t.untyped_storage() for chunk in self.chunks for pair in chunk.kv for t in pair]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def commit(self, kv: Sequence[LayerKV], policy: HistoryPolicy | None = None, resident: int = 0) -> "KVHistory":
         """Append frames; with a policy, drop chunks that no later block can see (constant memory).
@@ -167,6 +254,11 @@ class KVHistory:
         chosen = None if tuple(rows) == tuple(range(total)) else tuple(rows)
         seen = tuple(map(tuple, frames))
         return VisibleKV(self.chunks, self.branches, seen, tuple(pieces), rows=chosen, total=total)
+
+
+def kv_frame_bytes(layers: int, tokens: int, width: int, itemsize: int) -> int:
+    """Bytes of the keys and values of one latent frame of one clip: 2 · layers · S · width · itemsize."""
+    return 2 * layers * tokens * width * itemsize
 
 
 def overwritten(chunk: Chunk, branches: int, offset: int, kv: Sequence[LayerKV], rows: Sequence[int] | None) -> Chunk:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from backbones.history import FullHistory, HistoryPolicy, SinkWindow, runs_of
+from backbones.memory_bank import MemoryBank
 from backbones.plans import AttentionPlan, Segment, block_plan
 
 
@@ -84,7 +85,7 @@ class JointRecache(Recache):
     """The last R = min(window, frames so far) frames go through one pass, together and seeing each other both ways.
 
     LongLive as released. Once frames have left the window the sink keeps what it is, under the old prompt, and the pass
-    sees [sink | its own last window − sink frames].
+    sees [sink | its own last window − sink frames]. A memory bank is seen by the pass and stays under the old prompt.
     """
 
     def passes(self, policy: HistoryPolicy, start: int, block: int) -> tuple[CleanPass, ...]:
@@ -107,7 +108,7 @@ class JointRecache(Recache):
 class MovedSinkRecache(Recache):
     """`JointRecache` whose pass sees its own R frames only, the first of which become the new sink (LongLive's option).
 
-    For streams whose clips all switch at once, and for histories that are not routed.
+    For streams whose clips all switch at once, for histories that are not routed, and for policies without a memory.
     """
 
     def passes(self, policy: HistoryPolicy, start: int, block: int) -> tuple[CleanPass, ...]:
@@ -134,11 +135,13 @@ def extent(policy: HistoryPolicy, recache: str) -> tuple[range, int | None]:
     """(the sink's frames, the window in frames or None). Raises ValueError for a policy that is neither."""
     if isinstance(policy, SinkWindow):
         return range(policy.sink_start, policy.sink_start + policy.sink), policy.window
+    if isinstance(policy, MemoryBank) and recache == "JointRecache":
+        return range(policy.sink), policy.window
     if isinstance(policy, FullHistory):
         return range(0), None
     raise ValueError(
-        f"{recache} knows the window of SinkWindow and FullHistory, not of {type(policy).__name__}; set recache of the "
-        f"generator to BlockwiseRecache or NoRecache"
+        f"{recache} knows the window of {'SinkWindow, MemoryBank' if recache == 'JointRecache' else 'SinkWindow'} and "
+        f"FullHistory, not of {type(policy).__name__}; set recache of the generator to BlockwiseRecache or NoRecache"
     )
 
 

@@ -9,7 +9,7 @@ import sys
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from backbones.history import HistoryPolicy, KVHistory, runs_of
-from backbones.plans import AttentionPlan, PackedBlock, block_plan, packed_plan, streaming_plan
+from backbones.plans import PackedBlock, block_plan, packed_plan, streaming_plan
 from backbones.recache import CleanPass, CleanPast, JointRecache, Recache
-from backbones.visible import LayerKV, VisibleKV
-from backbones.wan.transformer import CausalWanTransformer3DModel, TextKV, wide_dtype
+from backbones.rope import rope_table, rotate
+from backbones.streams import Visit, WanStream, in_row_order, replaced_text, rows_of_memory, rows_of_text
+from backbones.visible import LayerKV
+from backbones.wan.transformer import ATTENTION, THETA, CausalWanTransformer3DModel, TextKV, wide_dtype
 from framework.flow import expand_sigma, velocity_from_x0
 from framework.interfaces import GeneratorRecipe, StreamingGenerator
 from framework.memory_estimate import NetworkDimensions
@@ -28,48 +30,13 @@ from framework.precision import AsWeights, Precision
 from framework.types import GroupPlan, Probes, Visible
 
 
-@dataclass(frozen=True)
-class WanStream:
-    """The state of N clips: their committed K/V, their text K/V, and what the next block sees.
-
-    policy: which history a block sees; a recache may move it. resident: how many recent frames stay in the history
-    beyond what the policy shows, for routed blocks. clean: the latents that a recache may read, None for a stream whose
-    prompts never switch.
-    """
-
-    history: KVHistory
-    text: TextKV
-    batch: int
-    policy: HistoryPolicy
-    resident: int = 0
-    clean: CleanPast | None = None
-    memo: dict = field(default_factory=dict, repr=False, compare=False)
-    """What the next block sees, by route: all its denoising steps read the same rotated keys."""
-
-    @property
-    def next_frame(self) -> int:
-        return self.history.next_frame
-
-
-@dataclass(frozen=True)
-class Visit:
-    """Rows of a batch that see equally many frames, and what they see. rows: None for the whole batch."""
-
-    rows: Tensor | None
-    plan: AttentionPlan
-    past: VisibleKV
-    text: TextKV
-
-    def of(self, x: Tensor) -> Tensor:
-        """These rows of a batch."""
-        return x if self.rows is None else x[self.rows]
-
-
 class WanStreamingGenerator(StreamingGenerator[WanStream]):
     """The causal Wan transformer as a `StreamingGenerator`.
 
     network: the transformer. policy: which history a block sees; the same object serves rollout, replay and export.
     recache: what a prompt switch does to the stored past, LongLive's by default. precision: of the network's calls.
+    attention: kernel of the attention, a name of `ATTENTION`. memo_bytes: budget for the rotated keys that are kept for
+    the steps of a block, None for all; it changes no value.
     """
 
     forward_methods = ("text_kv",)
@@ -81,17 +48,25 @@ class WanStreamingGenerator(StreamingGenerator[WanStream]):
         policy: HistoryPolicy,
         recache: Recache | None = None,
         precision: Precision | None = None,
+        attention: str = "auto",
+        memo_bytes: int | None = None,
     ) -> None:
+        if attention not in ATTENTION:
+            raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, got {attention!r}")
+        if memo_bytes is not None and memo_bytes < 0:
+            raise ValueError(f"memo_bytes must be at least 0, or None for no limit, got {memo_bytes}")
         self.network: CausalWanTransformer3DModel = network  # pyright: ignore[reportIncompatibleVariableOverride]
         self.recipe = recipe
         self.policy = policy
         self.recache = recache or JointRecache()
         self.precision = precision or AsWeights()
+        self.attention = attention
+        self.memo_bytes = memo_bytes
 
     def _ask(self, x: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, tuple[LayerKV, ...]]:
         """One call of the network, in its precision."""
         with self.precision.around(x.device):
-            return self.network(x, *arguments, **options)
+            return self.network(x, *arguments, attention=self.attention, **options)
 
     def _text(self, embeddings: Tensor) -> TextKV:
         """Text K/V, in the network's precision."""
@@ -104,7 +79,8 @@ class WanStreamingGenerator(StreamingGenerator[WanStream]):
 
     def open(self, prompts: Sequence[str], resident: int = 0, switches: bool = False) -> WanStream:
         text = self._text(self.encode_text(prompts))
-        return WanStream(KVHistory(), text, len(prompts), self.policy, resident, CleanPast() if switches else None)
+        clean = CleanPast() if switches else None
+        return WanStream(KVHistory(), text, len(prompts), self.policy, resident, clean, self.policy.memory())
 
     def fork(self, stream: WanStream, branches: int) -> WanStream:
         history, clean = stream.history.fork(branches), stream.clean and stream.clean.fork(branches)
@@ -130,14 +106,16 @@ class WanStreamingGenerator(StreamingGenerator[WanStream]):
         each = stream.batch // count
         rows = None if len(owners) == count else [each * owner + i for owner in owners for i in range(each)]
         history = stream.history
+        memory = () if stream.memory is None else stream.memory.as_stored().kv
         with torch.no_grad():
             for part in self.recache.passes(stream.policy, start, self.recipe.block_frames) if start else ():
-                _, kv = self._reencode(part, history, stream.clean, text, rows)
+                _, kv = self._reencode(part, history, stream.clean, text, rows, memory)
                 for run in runs_of(part.stored):
                     kept = slice(run.start - part.frames.start, run.stop - part.frames.start)
                     history = history.rewrite(run.start, [(k[:, kept], v[:, kept]) for k, v in kv], rows)
         text = text if rows is None else replaced_text(stream.text, owners, text)
-        return replace(stream, history=history, text=text, policy=policy, memo={})
+        remembered = stream.memory and stream.memory.switched(rows, stream.batch)
+        return replace(stream, history=history, text=text, policy=policy, memory=remembered, memo={})
 
     def check_plan(self, plan: GroupPlan) -> None:
         """Raises ValueError for routes with a longer sink than the history policy keeps, and behind a sink that moves.
@@ -166,15 +144,22 @@ class WanStreamingGenerator(StreamingGenerator[WanStream]):
         )
 
     def _reencode(
-        self, part: CleanPass, history: KVHistory, clean: CleanPast, text: TextKV, rows: Sequence[int] | None
+        self,
+        part: CleanPass,
+        history: KVHistory,
+        clean: CleanPast,
+        text: TextKV,
+        rows: Sequence[int] | None,
+        memory: tuple[LayerKV, ...] = (),
     ) -> tuple[Tensor, Sequence[LayerKV]]:
         """(output, K/V per layer) of a clean pass over some rows, None for all, under their new text."""
         x = clean.read(part.frames)
         x = x if rows is None else x[torch.tensor(rows, device=x.device)]
         batch = clean.batch
         past = None
-        if part.past:
+        if part.past or memory:
             past = history.view(part.past) if rows is None else history.route([part.past] * len(rows), rows, batch)
+            past = replace(past, memory=rows_of_memory(memory, rows, batch), batch=len(x))
         return self._ask(x, self._timesteps(x, 0.0), text, plan=part.plan, past=past, return_kv=True)
 
     def predict(self, x: Tensor, sigma: float, stream: WanStream, visible: Visible | None = None) -> Tensor:
@@ -199,11 +184,21 @@ class WanStreamingGenerator(StreamingGenerator[WanStream]):
             (in_row_order(visits, [k for k, _ in layer]), in_row_order(visits, [v for _, v in layer]))
             for layer in zip(*written, strict=True)
         ]
+        memory = stream.recalled()
+        if memory is not None:
+            memory = memory.record(kv, stream.next_frame, partial(self._rotated, shape=x0.shape[3:]))
         history, clean = stream.history.commit(kv, stream.policy, stream.resident), stream.clean
         if clean is not None:
             needed = partial(self.recache.reads, stream.policy, start=history.next_frame)
             clean = clean.append(stream.next_frame, x0, needed)
-        return replace(stream, history=history, clean=clean, memo={})
+        return replace(stream, history=history, clean=clean, memory=memory, memo={})
+
+    def _rotated(self, k: Tensor, frame: int, shape: Sequence[int]) -> Tensor:
+        """Keys [N, 1, S, heads, d] of a frame of latents of (height, width) ``shape``, rotated to its id."""
+        _, p_h, p_w = self.network.config["patch_size"]
+        height, width = shape
+        table = rope_table((frame,), height // p_h, width // p_w, k.shape[-1], THETA, wide_dtype(k), k.device)
+        return rotate(k, table)
 
     @staticmethod
     def _timesteps(x: Tensor, timestep: float) -> Tensor:
@@ -212,6 +207,7 @@ class WanStreamingGenerator(StreamingGenerator[WanStream]):
     def _visits(self, stream: WanStream, x: Tensor, visible: Visible | None) -> tuple[Visit, ...]:
         """What each part of the batch sees of the past; one part per number of visible frames."""
         key = (x.shape[2], None if visible is None else tuple(visible))
+        key = key if stream.memory is None else (*key, torch.is_grad_enabled())
         if key not in stream.memo:
             stream.memo[key] = self._plan_visits(stream, x.shape[2], visible, x.device)
         return stream.memo[key]
@@ -221,19 +217,27 @@ class WanStreamingGenerator(StreamingGenerator[WanStream]):
     ) -> tuple[Visit, ...]:
         policy = stream.policy
         canonical, plan = streaming_plan(policy, stream.next_frame, length)
+        memory = stream.recalled()
+        shown = () if memory is None else memory.kv
         if visible is None or all(frames is None for frames in visible):
-            return (Visit(None, plan, stream.history.view(canonical), stream.text),)
+            past = stream.history.view(canonical)
+            past = replace(past, memory=shown, batch=stream.batch, budget=self.memo_bytes)
+            return (Visit(None, plan, past, stream.text),)
         if policy != self.policy:
             raise ValueError(self._moved_sink())
         if len(visible) != stream.batch:
             raise ValueError(f"visible gives frames for {len(visible)} clips, the stream holds {stream.batch}")
         seen = [canonical if frames is None else frames for frames in visible]
         visits = []
-        for count in sorted({len(frames) for frames in seen}):
+        counts = sorted({len(frames) for frames in seen})
+        budget = None if self.memo_bytes is None else self.memo_bytes // len(counts)
+        for count in counts:
             rows = [row for row, frames in enumerate(seen) if len(frames) == count]
             frames = [seen[row] for row in rows]
             placed = [policy.positions(f, stream.next_frame, length) for f in frames]
             past = stream.history.route(frames, rows, stream.batch)
+            remembered = rows_of_memory(shown, past.rows, stream.batch)
+            past = replace(past, memory=remembered, batch=len(rows), budget=budget)
             if len({keys for keys, _ in placed}) > 1:
                 past.positions = tuple(keys for keys, _ in placed)
             index = None if len(rows) == stream.batch else torch.tensor(rows, device=device)
@@ -250,9 +254,25 @@ class WanStreamingGenerator(StreamingGenerator[WanStream]):
             )
         branches = len(probes) // len(probes.prompts)
         stream = self.fork(stream, branches) if branches > 1 else stream
+        if stream.memory is not None:
+            return self._replay_in_turn(probes, stream)
         with nullcontext() if probes.history_grad else torch.no_grad():
             history = self._encode_clean(probes, stream)
         return self._predict_noisy(probes, replace(stream, history=history))
+
+    def _replay_in_turn(self, probes: Probes, stream: WanStream) -> Tensor:
+        """Block by block: what a memory shows to a block is known only once the block before it is committed."""
+        velocities = []
+        blocks = self._blocks(probes, 1)
+        for i, block in enumerate(blocks):
+            part = slice(block.offset, block.offset + block.length)
+            noisy, clean = probes.noisy[:, :, :, part], probes.clean[:, :, part]
+            now = replace(probes, noisy=noisy, sigma=probes.sigma[:, :, part], clean=clean, start=block.start)
+            velocities.append(self._predict_noisy(now, stream))
+            if i < len(blocks) - 1:
+                with nullcontext() if probes.history_grad else torch.no_grad():
+                    stream = self.commit(clean, stream)
+        return torch.cat(velocities, dim=3)
 
     def _replay_prefix(self, probes: Probes) -> WanStream:
         """Re-roll the shared prefix from frame 0 with clean passes, once per group, with constant memory.
@@ -297,10 +317,18 @@ class WanStreamingGenerator(StreamingGenerator[WanStream]):
         history = stream.history
         past = history.frame_ids
         streams = probes.noisy.shape[1]
-        plan = packed_plan(stream.policy, past, self._blocks(probes, streams), causal=False)
+        if stream.memory is None:
+            blocks = self._blocks(probes, streams)
+        else:  # one block at a time
+            length = probes.noisy.shape[3]
+            blocks = [PackedBlock(probes.start, length, s * length) for s in range(streams)]
+        plan = packed_plan(stream.policy, past, blocks, causal=False)
         x = probes.noisy.transpose(1, 2).flatten(2, 3)  # [N, C, S·F, H, W]
         sigma = probes.sigma.flatten(1)
+        memory = stream.recalled()
         view = history.view(past) if past else None
+        if view is not None and memory is not None:
+            view = replace(view, memory=memory.kv, batch=stream.batch)
         widest = torch.promote_types(sigma.dtype, wide_dtype(x))  # a float64 σ is rounded once, as timestep
         timestep = (1000 * sigma.to(widest)).to(wide_dtype(x))
         output, _ = self._ask(x, timestep, stream.text, plan=plan, past=view)
@@ -312,7 +340,7 @@ class WanStreamingGenerator(StreamingGenerator[WanStream]):
         _, height, width = self.recipe.latent
         _, p_h, p_w = config["patch_size"]
         far = 1000 * block
-        seen = len(self.policy.visible(far, block))
+        seen = len(self.policy.visible(far, block)) + self.policy.remembered
         return NetworkDimensions(
             layers=config["num_layers"],
             width=config["num_attention_heads"] * config["attention_head_dim"],
@@ -325,31 +353,3 @@ class WanStreamingGenerator(StreamingGenerator[WanStream]):
 
     def _velocity(self, output: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         return output if self.recipe.prediction == "velocity" else velocity_from_x0(x, output, sigma)
-
-
-def in_row_order(visits: Sequence[Visit], parts: Sequence[Tensor]) -> Tensor:
-    """What was computed for each part of a batch, as one batch."""
-    if len(parts) == 1:
-        return parts[0]
-    joined = torch.cat(list(parts))
-    return torch.empty_like(joined).index_copy_(0, torch.cat([v.rows for v in visits if v.rows is not None]), joined)
-
-
-def replaced_text(text: TextKV, prompts: Sequence[int], new: TextKV) -> TextKV:
-    """A text whose entries ``prompts`` are those of ``new``, in order."""
-
-    def put(old: Tensor, entries: Tensor) -> Tensor:
-        return old.index_copy(0, torch.tensor(prompts, device=old.device), entries)
-
-    pairs = zip(text.layers, new.layers, strict=True)
-    return TextKV(tuple((put(old[0], entry[0]), put(old[1], entry[1])) for old, entry in pairs))
-
-
-def rows_of_text(text: TextKV, rows: Sequence[int], batch: int) -> TextKV:
-    """The text of some rows of a batch; shared per prompt where every prompt keeps equally many of its rows."""
-    each = batch // text.prompts
-    owners = [row // each for row in rows]
-    counts = {owners.count(prompt) for prompt in range(text.prompts)}
-    if len(counts) == 1 and owners == sorted(owners):
-        return text
-    return TextKV(tuple((k[owners], v[owners]) for k, v in text.layers))

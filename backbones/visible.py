@@ -122,13 +122,20 @@ def as_pieces(chunks: Chunks, branches: Sequence[int], frames: Sequence[Sequence
     return pieces
 
 
+def spread(x: Tensor, rows: int) -> Tensor:
+    """x [R, …] as so many rows, each standing for rows / R consecutive ones."""
+    return x if len(x) == rows else x.repeat_interleave(rows // len(x), 0)
+
+
 @dataclass
 class VisibleKV:
     """What one block sees of the past. Reading a layer gathers it once; rotated keys are kept for the block's steps.
 
     chunks, branches: what is stored, see `KVHistory`. frames: the ids seen, one list for all rows or one per row.
     rows: which of the ``total`` rows of the batch this is for, None for all. positions: temporal positions per row,
-    where rows differ in them.
+    where rows differ in them. memory: per layer, (rotated k, v) of further frames, [R, m, S, heads, head_dim] with R
+    dividing the ``batch`` rows that ask; every query sees all of them. budget: bytes of rotated keys and their values
+    to keep, None for all layers; layers beyond it are rotated at every step, to the same values.
     """
 
     chunks: Chunks
@@ -138,6 +145,9 @@ class VisibleKV:
     rows: tuple[int, ...] | None = None
     total: int = 0
     positions: tuple[tuple[int, ...], ...] | None = None
+    memory: tuple[LayerKV, ...] = ()
+    batch: int = 0
+    budget: int | None = None
     memo: dict = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -154,19 +164,46 @@ class VisibleKV:
         return k, v
 
     def rotated(self, layer: int, positions: Positions, rotate: Callable[[Tensor], Tensor]) -> LayerKV:
-        """(k rotated at ``positions``, v); memoised, since all denoising steps of a block read the same.
+        """(k rotated at ``positions``, v) and then the memory; memoised within the budget, since all denoising steps of
+        a block read the same.
 
         Keys that carry a graph are not memoised while gradients are on: a memo would tie two backward passes
         together, and one that was made under ``no_grad`` would cut the graph.
         """
-        if torch.is_grad_enabled() and any(t.requires_grad for c in self._used() for t in self.chunks[c].kv[layer]):
-            k, v = self.read(layer)
-            return rotate(k), v
+        if torch.is_grad_enabled() and any(t.requires_grad for t in self._sources(layer)):
+            return self._rotated(layer, rotate)
         key = (layer, positions)
-        if key not in self.memo:
+        if key in self.memo:
+            return self.memo[key]
+        made = self._rotated(layer, rotate)
+        kept = sum(t.nbytes for pair in self.memo.values() if isinstance(pair, tuple) for t in pair)
+        if self.budget is None or kept + sum(t.nbytes for t in made) <= self.budget:
+            self.memo[key] = made
+        return made
+
+    def remembered(self, layer: int) -> LayerKV | None:
+        """(rotated k, v) of the memory, None without one."""
+        if not self.memory:
+            return None
+        k, v = self.memory[layer]
+        return spread(k, self.batch), spread(v, self.batch)
+
+    def _rotated(self, layer: int, rotate: Callable[[Tensor], Tensor]) -> LayerKV:
+        parts: list[LayerKV] = []
+        if self.pieces:
             k, v = self.read(layer)
-            self.memo[key] = (rotate(k), v)
-        return self.memo[key]
+            parts.append((rotate(k), v))
+        memory = self.remembered(layer)
+        parts += [] if memory is None else [memory]
+        if len(parts) == 1:
+            return parts[0]
+        (k, v), (more_k, more_v) = parts
+        return torch.cat([k, more_k], dim=1), torch.cat([v, more_v], dim=1)
+
+    def _sources(self, layer: int) -> list[Tensor]:
+        """The tensors that a layer is read from."""
+        stored = [t for c in self._used() for t in self.chunks[c].kv[layer]]
+        return [*stored, *self.memory[layer]] if self.memory else stored
 
     def _read(self, piece: Run | Gather, layer: int, which: int) -> Tensor:
         return self._read_run(piece, layer, which) if isinstance(piece, Run) else self._read_gather(piece, layer, which)

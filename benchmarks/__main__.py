@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks import p1, p2, p3, p4, p5, p6, p8, streaming
+from benchmarks import p1, p2, p3, p4, p5, p6, p7, p8, streaming
 from benchmarks.measure import Row, machine, table
 
 ROWS: dict[str, Callable[[], list[Row]]] = {
@@ -21,6 +21,7 @@ ROWS: dict[str, Callable[[], list[Row]]] = {
     "p4": p4.measure,
     "p5": p5.measure,
     "p6": p6.measure,
+    "p7": p7.measure,
     "p8": p8.measure,
     "streaming": streaming.measure,
 }

@@ -1,5 +1,6 @@
 """How the benchmarks measure: core-seconds, ratios in alternating pairs, and the live bytes of tensors."""
 
+import math
 import platform
 import statistics
 import time
@@ -21,6 +22,7 @@ class Row:
 
     value: a ratio, or a quantity in ``unit``. spread: lowest and highest pair, where pairs were measured. goal: the
     largest value that meets it, None for what is only reported. planted: a deliberate fault, which must miss the goal.
+    A value of NaN was not measured; the note says why.
     """
 
     name: str
@@ -40,7 +42,7 @@ class Row:
     @property
     def verdict(self) -> str:
         if self.goal is None:
-            return "reported"
+            return "not measured" if math.isnan(self.value) else "reported"
         return {(False, True): "met", (False, False): "MISSED", (True, True): "seen", (True, False): "NOT SEEN"}[
             self.planted, self.as_wanted
         ]
@@ -167,7 +169,7 @@ def table(rows: Iterable[Row]) -> str:
         digits = 1 if row.unit else 3
         spread = "" if row.spread is None else " – ".join(f"{end:.{digits}f}" for end in row.spread)
         goal = "" if row.goal is None else ("> " if row.planted else "≤ ") + f"{row.goal:g}"
-        value = f"{row.value:.{digits}f} {row.unit}".rstrip()
+        value = "–" if math.isnan(row.value) else f"{row.value:.{digits}f} {row.unit}".rstrip()
         measure = f"{row.measure}; {row.note}" if row.note else row.measure
         lines.append(f"| {row.name} | {measure} | {value} | {spread} | {goal} | {row.verdict} |")
     return "\n".join(lines)

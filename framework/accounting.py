@@ -62,11 +62,11 @@ def collect_metrics(
     metrics |= {f"train/{name}": value for name, value in advantage.metrics.items()}
     metrics["train/active_clips"] = active
     total = torch.zeros(())
-    for name, value in scores.values.items():
-        valid = value[scores.valid[name]]
+    scored = {name: value[scores.valid[name]] for name, value in scores.values.items() if scores.valid[name].any()}
+    for name, valid in scored.items():
         metrics[f"reward/{name}/mean"] = valid.mean()
         metrics[f"reward/{name}/std"] = valid.std(correction=0)
-        total = total + valid.mean() / len(scores.values)
+        total = total + valid.mean() / len(scored)
     metrics["reward/total"] = total
     return metrics | {f"time/{name}": value for name, value in laps.items()}
 

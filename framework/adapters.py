@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftType, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from framework.distributed import whole
@@ -20,6 +22,12 @@ from framework.weights import check_tensors, read_tensors, save_tensors
 ADAPTER = "default"
 WAN_LINEARS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 """Every linear layer of a Wan transformer block."""
+EXPORTED = "pytorch_lora_weights.safetensors"
+"""The file name that diffusers looks for in a LoRA repository."""
+PIPELINE_PREFIX = "transformer."
+"""What stands before the names in such a file: the part of a diffusers pipeline that they belong to."""
+PIPELINE_METADATA = "lora_adapter_metadata"
+"""The entry of such a file's metadata that holds rank, alpha and targets as JSON."""
 
 
 class Adaptation(ABC):
@@ -144,7 +152,7 @@ def load_adaptation(network: nn.Module, folder: str | Path) -> str:
     half: every tensor is checked before the first one is copied.
     """
     folder = Path(folder)
-    adapter, full = folder / "adapter_model.safetensors", folder / "model.safetensors"
+    adapter, full, exported = (folder / name for name in ("adapter_model.safetensors", "model.safetensors", EXPORTED))
     if adapter.is_file():
         weights = read_tensors(adapter)
         lora = read_lora(folder / "adapter_config.json")
@@ -158,9 +166,11 @@ def load_adaptation(network: nn.Module, folder: str | Path) -> str:
         check_tensors(weights, network.state_dict(), str(full))
         network.load_state_dict(weights)
         return f"full weights from {folder}"
+    if exported.is_file():
+        return f"LoRA rank {load_exported(network, exported)} from {folder}"
     raise ValueError(
         f"{folder} holds neither adapter_model.safetensors nor model.safetensors; give --adapter a folder that a "
-        f"run saved"
+        f"run saved, or one that `armillary export` wrote"
     )
 
 
@@ -174,3 +184,72 @@ def read_lora(path: Path) -> LoRA:
         return LoRA(int(config["r"]), float(config["lora_alpha"]), tuple(config["target_modules"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} does not describe a LoRA adapter: {error!r}") from error
+
+
+def lora_layers(network: nn.Module) -> dict[str, LoraLayer]:
+    """The layers that carry our adapter, by the names of the layers that they stand for."""
+    return {name: m for name, m in network.named_modules() if isinstance(m, LoraLayer) and ADAPTER in m.scaling}
+
+
+def lora_halves(layer: LoraLayer) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [rank, in] and B [out, rank] of our adapter."""
+    a, b = (half.get_submodule(ADAPTER).get_parameter("weight") for half in (layer.lora_A, layer.lora_B))
+    return a, b
+
+
+def save_for_diffusers(network: nn.Module, path: Path) -> int:
+    """Write the adapter as diffusers' `load_lora_adapter` and `load_lora_weights` read it; returns its rank.
+
+    alpha / rank is multiplied into B: a loader that does not know alpha takes it to be the rank. Raises ValueError for
+    a network without an adapter.
+    """
+    layers = lora_layers(network)
+    if not layers:
+        raise ValueError("the network carries no LoRA adapter: the run trained all weights; export them with --merged")
+    tensors: dict[str, torch.Tensor] = {}
+    for name, layer in layers.items():
+        a, b = (half.detach().cpu() for half in lora_halves(layer))
+        tensors[f"{PIPELINE_PREFIX}{name}.lora_A.weight"] = a
+        tensors[f"{PIPELINE_PREFIX}{name}.lora_B.weight"] = layer.scaling[ADAPTER] * b
+    (rank,) = {layer.r[ADAPTER] for layer in layers.values()}
+    facts = {"r": rank, "lora_alpha": rank, "target_modules": sorted(layers), "lora_dropout": 0.0}
+    metadata = json.dumps({f"{PIPELINE_PREFIX}{key}": value for key, value in facts.items()}, sort_keys=True)
+    save_tensors(path, tensors, {"format": "pt", PIPELINE_METADATA: metadata})
+    return rank
+
+
+def load_exported(network: nn.Module, path: Path) -> int:
+    """Put what `save_for_diffusers` wrote on a network; returns the rank. Raises as `load_adaptation` does."""
+    weights = {name.removeprefix(PIPELINE_PREFIX): tensor for name, tensor in read_tensors(path).items()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads((file.metadata() or {})[PIPELINE_METADATA])
+        rank, targets = int(facts[f"{PIPELINE_PREFIX}r"]), tuple(facts[f"{PIPELINE_PREFIX}target_modules"])
+        lora = LoRA(rank, float(facts[f"{PIPELINE_PREFIX}lora_alpha"]), targets)
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} does not say its rank and targets in its metadata: {error!r}") from error
+    lora.attach(network, seed=0)
+    expected = get_peft_model_state_dict(network, adapter_name=ADAPTER)  # pyright: ignore[reportArgumentType]
+    check_tensors(weights, expected, str(path))
+    set_peft_model_state_dict(network, weights, adapter_name=ADAPTER)  # pyright: ignore[reportArgumentType]
+    return rank
+
+
+@torch.no_grad()
+def merge_adapters(network: nn.Module) -> int:
+    """Write W + (alpha / rank) B A into the weights, summed in float32 or wider, and take the adapters off.
+
+    Returns how many layers were merged.
+    """
+    layers = lora_layers(network)
+    for name, layer in layers.items():
+        base = layer.get_base_layer()
+        weight = base.get_parameter("weight")
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        a, b = (half.to(weight.device, wide) for half in lora_halves(layer))
+        weight.copy_(weight.to(wide) + layer.scaling[ADAPTER] * (b @ a))
+        parent, _, last = name.rpartition(".")
+        setattr(network.get_submodule(parent), last, base)
+    if layers:
+        vars(network).pop("peft_config", None)
+    return len(layers)

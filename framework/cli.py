@@ -5,6 +5,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,11 +21,11 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "evaluate": (
         "score a generator on held-out scenes with fixed noise",
-        ("adapter", "output_dir", "device"),
+        ("adapter", "vbench", "output_dir", "device"),
     ),
     "generate": (
         "write videos for prompts",
-        ("prompts", "prompt_file", "adapter", "output_dir", "seed", "device"),
+        ("prompts", "prompt_file", "image", "interactive", "blocks", "adapter", "output_dir", "seed", "device"),
     ),
     "pretrain": (
         "make a few-step streaming generator to start from",
@@ -33,6 +34,18 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "distill": (
         "make a few-step student of a teacher on the student's own rollouts",
         ("output_dir", "max_steps", "seed", "device", "resume", "dry_run"),
+    ),
+    "export": (
+        "write a trained adapter as diffusers reads it, with a model card",
+        ("run", "output_dir", "merged"),
+    ),
+    "serve_rewards": (
+        "offer a reward model to runs over HTTP",
+        ("host", "port", "token_file"),
+    ),
+    "score": (
+        "score video files with a reward and show what it likes",
+        ("videos", "reward", "prompts", "prompt_file", "sort_by", "scale", "output_dir"),
     ),
     "claims": (
         "test the papers' claims at toy scale and print them as one table",
@@ -54,13 +67,35 @@ FLAGS: dict[str, dict] = {
         "help": "continue the unfinished run in output_dir (auto, the default), take a new folder only (never), or "
         "continue from a checkpoint or from the newest of a run",
     },
-    "adapter": {"metavar": "FOLDER", "help": "trained adapter to put on the generator"},
+    "run": {"metavar": "FOLDER", "help": "folder of a finished training run; without --gin_file, its generator"},
+    "merged": {"action": "store_true", "help": "also write the whole transformer with the adapter in its weights"},
+    "adapter": {"metavar": "FOLDER", "help": "training run, its adapter, or exported LoRA weights to generate with"},
+    "vbench": {"action": "store_true", "help": "also write all clips under the names that VBench's evaluator reads"},
     "prompts": {"metavar": "TEXT", "action": "append", "help": "what to show (repeatable)"},
-    "prompt_file": {"metavar": "FILE", "help": "text file with one prompt per line"},
+    "prompt_file": {"metavar": "FILE", "help": "prompts or scenes, one a line (.txt, .jsonl) or row (.csv)"},
+    "image": {"metavar": "FILE", "help": "picture or mp4 that the video goes on from"},
+    "interactive": {"action": "store_true", "help": "read the next prompt from standard input while streaming"},
+    "blocks": {"metavar": "N", "type": int, "help": "length in blocks"},
+    "videos": {"metavar": "VIDEO", "nargs": "+", "help": "mp4 or anything else that FFmpeg reads"},
+    "reward": {"metavar": "NAME", "help": "part to score with, e.g. shapes.ShapesReward (default: the file's REWARD)"},
+    "sort_by": {"metavar": "SIGNAL", "help": "signal that the tables are sorted by (default: the reward's first)"},
+    "scale": {"metavar": "N", "type": int, "help": "how many times the videos were enlarged (default: as they say)"},
     "only": {"metavar": "NAME", "action": "append", "help": "test this claim alone (repeatable)"},
     "seeds": {"metavar": "N", "type": int, "help": "runs of everything that is compared"},
     "parallel": {"metavar": "N", "type": int, "help": "runs at a time, one thread each"},
+    "host": {"metavar": "ADDRESS", "help": "who can reach it (default 127.0.0.1: this machine alone)"},
+    "port": {"metavar": "N", "type": int, "help": "port to listen on (default 8100)"},
+    "token_file": {"metavar": "FILE", "help": "file whose text every client has to bring"},
 }
+
+POSITIONAL = ("videos",)
+"""Parameters that are given without a flag."""
+
+OTHER_SPELLINGS = {("score", "prompt_file"): ("--prompts",)}
+"""Flags of a command that mean the same."""
+
+FIRST_FILES = {"score": "score.gin"}
+"""The packaged configuration that a command reads before any ``--gin_file``."""
 
 DEFAULT_FILES = {"claims": "claims.gin"}
 """The packaged configuration of a command that runs without a ``--gin_file``."""
@@ -92,7 +127,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"armillary {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (purpose, flags) in COMMANDS.items():
-        command = commands.add_parser(name, help=purpose, description=purpose, allow_abbrev=False)
+        words = {"help": purpose, "description": purpose, "aliases": [name] if "_" in name else []}
+        command = commands.add_parser(name.replace("_", "-"), allow_abbrev=False, **words)
         command.add_argument(
             "--gin_file",
             action="append",
@@ -113,7 +149,11 @@ def build_parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         for parameter in flags:
-            command.add_argument(flag_of(parameter), dest=parameter, default=None, **FLAGS[parameter])
+            if parameter in POSITIONAL:
+                command.add_argument(parameter, **FLAGS[parameter])
+                continue
+            spellings = [flag_of(parameter), *OTHER_SPELLINGS.get((name, parameter), ())]
+            command.add_argument(*spellings, dest=parameter, default=None, **FLAGS[parameter])
     add_compare(commands)
     add_doctor(commands)
     listing = commands.add_parser("list", help="show the parts and the packaged configurations", allow_abbrev=False)
@@ -205,10 +245,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     options, unknown = parser.parse_known_args(argv)
+    options.command = options.command.replace("-", "_")
     if unknown:
         own = {"compare": COMPARE_FLAGS, "doctor": DOCTOR_FLAGS}
         flags = own[options.command] if options.command in own else COMMANDS.get(options.command, ("", ()))[1]
-        known = ["--gin_file", "--gin_param", "--plugin", "--debug", *map(flag_of, flags)]
+        known = ["--gin_file", "--gin_param", "--plugin", "--debug"]
+        known += [flag_of(parameter) for parameter in flags if parameter not in POSITIONAL]
         near = did_you_mean(unknown[0].split("=")[0], known)
         parser.error(f"{options.command}: unrecognized argument {unknown[0]!r}{near}")
     try:
@@ -240,22 +282,40 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(options: argparse.Namespace) -> None:
     """Read the configuration of a command and run it."""
+    from framework.config.bindings import Reference
     from framework.config.load import load_config
 
     files = options.gin_file or [DEFAULT_FILES[name] for name in (options.command,) if name in DEFAULT_FILES]
-    if not files and not options.gin_param:
+    params = list(options.gin_param)
+    if options.command == "export" and not files:
+        if options.run is None:
+            raise ConfigError("export needs --run, the folder of a finished run of `armillary train`")
+        from framework.commands.export import generator_of_run
+
+        files, lines = generator_of_run(options.run)
+        params = [*lines, *params]
+    if options.command == "score" and not (files or params or options.reward):
+        raise ConfigError("score needs --reward, the name of a part, or a --gin_file with a REWARD, as for training")
+    files = [FIRST_FILES[name] for name in (options.command,) if name in FIRST_FILES] + list(files)
+    if not files and not params:
         raise ConfigError(f"{options.command} needs a --gin_file; `armillary list` shows the packaged ones")
     flags = {name: getattr(options, name) for name in COMMANDS[options.command][1]}
     given = {
         name: tuple(value) if isinstance(value, list) else value for name, value in flags.items() if value is not None
     }
-    load_config(
+    if "reward" in given:
+        given["reward"] = Reference("", str(given["reward"]), True)
+    configuration = load_config(
         options.command,
         gin_files=files,
-        gin_params=options.gin_param,
+        gin_params=params,
         plugins=options.plugin,
         flags=given,
-    ).run()
+    )
+    from framework.devices import META, sizes_only
+
+    with sizes_only() if given.get("device") == META else nullcontext():
+        configuration.run()
 
 
 def _report(error: Exception, code: int, debug: bool) -> int:

@@ -39,7 +39,10 @@ def roll_out_student(
     """Sample every block with the consistency kernel, behind the student's own clean blocks or those of ``history``.
 
     history: [N, C, F, H, W]. With it a block's sampler and states are the student's, its past is not.
+    Raises ValueError for a recipe whose first block has a schedule of its own: its states are of other levels.
     """
+    if generator.recipe.first_schedule is not None:
+        raise ValueError(f"the recipe {generator.recipe.name!r} has a first_schedule; distill with first_schedule=None")
     recipe, kernel, device = generator.recipe, Consistency(), device_of(generator)
     shape = (len(prompts), *noise_shape(generator, kernel, recipe.clip_blocks))
     noise = torch.randn(shape, generator=random).to(device)

@@ -138,8 +138,12 @@ class World:
         """The scores of all clips of the step, from those of every rank's share."""
         if self.size == 1:
             return scores
-        windows = {name: self.gather(widened(value, self.most(value.shape[1])), count)
-                   for name, value in scores.windows.items()}  # fmt: skip
+        windows: dict[str, Tensor] = {}
+        for name, value in scores.values.items():
+            # a rank whose reward failed has no windows, and still has to take part
+            own = scores.windows.get(name, value.new_empty(len(value), 0))
+            if width := self.most(own.shape[1]):
+                windows[name] = self.gather(widened(own, width), count)
         return Scores(
             {name: self.gather(value, count) for name, value in scores.values.items()},
             {name: self.gather(valid.to(torch.uint8), count).bool() for name, valid in scores.valid.items()},

@@ -14,6 +14,7 @@ import torch
 from packaging.requirements import Requirement
 
 from framework.config.registry import Registry, one_line
+from framework.devices import META
 from framework.distributed import ENVIRONMENT
 from framework.interfaces import RewardModel
 from framework.memory_estimate import MIB, MemoryEstimate, size
@@ -136,6 +137,8 @@ def check_device(device: str) -> Finding:
         others = ["cpu"] + [f"cuda ({torch.cuda.device_count()})"] * torch.cuda.is_available()
         found = f"{device!r} cannot be used: {one_line(error)}"
         return Finding("device", Verdict.FATAL, found, f"give --device one of {', '.join(others)}")
+    if device == META:
+        return Finding("device", Verdict.OK, "meta: no machine in particular, sizes alone")
     if torch.device(device).type != "cuda":
         return Finding("device", Verdict.OK, f"{device}, {torch.get_num_threads()} threads")
     properties = torch.cuda.get_device_properties(device)
@@ -205,7 +208,7 @@ def check_reward(reward: RewardModel) -> Finding:
 
 def available_memory(device: str) -> int | None:
     """Bytes that could be taken now: of a GPU its free memory, else the machine's; None where nobody says."""
-    if check_device(device).verdict is Verdict.FATAL:
+    if device == META or check_device(device).verdict is Verdict.FATAL:
         return None
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

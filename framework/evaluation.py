@@ -1,6 +1,6 @@
 """Held-out evaluation: fixed scenes, fixed noise per (seed, scene, member), so two policies are compared in pairs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +15,9 @@ from framework.reporting.progress import progress
 from framework.rng import check_seed, derive_seed
 from framework.rollout import roll_out
 from framework.types import BranchPlan, GroupPlan, Scene, Scores, Tape, VideoBatch, Window
+
+Watch = Callable[[int, VideoBatch, Scores], None]
+"""Shown every batch as it is scored: the number of its first clip, scene · members + member, the clips, the scores."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,16 @@ class HeldOut:
                 raise ValueError(f"HeldOut.{name} must be at least {low}, got {getattr(self, name)}")
 
     def judge(
-        self, generator: StreamingGenerator, description: str = "evaluating", world: World | None = None
+        self,
+        generator: StreamingGenerator,
+        description: str = "evaluating",
+        world: World | None = None,
+        watch: Watch | None = None,
     ) -> EvaluationResult:
         """Evaluate the policy in force. world: whose ranks share the scenes; all of them get all scores."""
         return evaluate_policy(
             generator, self.reward, self.scenes.scenes(), self.members, self.seed, self.blocks, self.first_block,
-            clips_per_batch=self.clips_per_batch, description=description, world=world,
+            clips_per_batch=self.clips_per_batch, description=description, world=world, watch=watch,
         )  # fmt: skip
 
 
@@ -139,8 +146,12 @@ def evaluate_policy(
     clips_per_batch: int = 48,
     description: str = "evaluating",
     world: World | None = None,
+    watch: Watch | None = None,
 ) -> EvaluationResult:
-    """Generate ``members`` clips per scene under the policy in force and score them. Equal for any batch size."""
+    """Generate ``members`` clips per scene under the policy in force and score them. Equal for any batch size.
+
+    watch: sees all clips of this rank, whose number counts from the rank's first scene; nothing else keeps them.
+    """
     blocks = generator.recipe.clip_blocks if blocks is None else blocks
     world = world or World()
     own = world.own(scenes)
@@ -149,9 +160,12 @@ def evaluate_policy(
     batches: list[Scores] = []
     shown: list[VideoBatch] = []
     for first in progress(range(0, len(plans), per_batch), description):
-        tape = roll_out(generator, plans[first : first + per_batch], kernel or Consistency())
+        batch = plans[first : first + per_batch]
+        tape = roll_out(generator, batch, kernel or Consistency(), branches_at_once=clips_per_batch)
         videos = decode_tape(generator, tape)
         batches.append(reward.score(videos))
+        if watch is not None:
+            watch(first * len(plans[0].branches), videos, batches[-1])
         shown.append(VideoBatch(videos.frames[::members].cpu().clone(), videos.fps, videos.windows[::members]))
     scores = {
         name: torch.cat([torch.where(s.valid[name], s.values[name], torch.nan) for s in batches]).view(-1, members)

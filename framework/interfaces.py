@@ -42,7 +42,8 @@ class GeneratorRecipe:
     block_frames: latent frames denoised together. clip_blocks: blocks of a training clip. latent: (C, H, W).
     schedule: the sampler's σ grid. prediction: what the network outputs, "velocity" or "x0". fps: of decoded video.
     temporal_stride: pixel frames per latent frame; the first latent frame of a stream is one pixel frame all the same.
-    name: for logs and weight files.
+    first_schedule: the grid of a stream's first block, where it is another one (frame-wise Causal-Forcing takes more
+    steps there). name: for logs and weight files. source, licence: of the weights, for model cards; empty: not known.
     """
 
     name: str
@@ -53,6 +54,13 @@ class GeneratorRecipe:
     prediction: str = "velocity"
     fps: float = 16.0
     temporal_stride: int = 1
+    first_schedule: FewStepSchedule | None = None
+    source: str = ""
+    licence: str = ""
+
+    def schedule_at(self, frame: int) -> FewStepSchedule:
+        """The σ grid of the block that starts at ``frame``."""
+        return self.schedule if frame or self.first_schedule is None else self.first_schedule
 
     @property
     def latent_fps(self) -> float:
@@ -243,6 +251,10 @@ class Remembering:
             raise ValueError(f"{type(self).__name__} remembers nothing, but the state to load has {sorted(state)}")
 
 
+class RewardFailed(ValueError):
+    """A reward model can score nothing now, e.g. its service does not answer; the message is one line that says why."""
+
+
 class RewardModel(Remembering, ABC):
     """What people want to see more of."""
 
@@ -253,7 +265,20 @@ class RewardModel(Remembering, ABC):
 
     @abstractmethod
     def score(self, videos: VideoBatch) -> Scores:
-        """Score clips; no gradient. A clip that cannot be scored is invalid, not zero."""
+        """Score clips; no gradient. A clip that cannot be scored is invalid, not zero. Raises RewardFailed where no
+        clip can be."""
+
+    def settle(self, scores: Scores, groups: Tensor) -> Scores:
+        """What a step learns from, of the scores of all its clips on all ranks; groups: id per clip [N].
+
+        The same on every rank. What failed scores lead to, beyond their own clips being left out, is decided here; may
+        raise RewardFailed.
+        """
+        return scores
+
+    def metrics(self) -> Mapping[str, float]:
+        """Numbers to log with every step, e.g. how long a service takes to answer."""
+        return {}
 
     def unavailable(self) -> str | None:
         """Why it cannot score now, e.g. a service that does not answer, in one line; None where it can."""

@@ -24,6 +24,7 @@ class NetworkDimensions:
 
     tokens: of one latent frame. text_tokens: of a prompt. window: latent frames that a block sees at most, itself
     included; None for all earlier ones. checkpointing: activations inside a layer are computed again, not kept.
+    number_bytes: of an activation, as its weights have them; a LoRA on narrow weights computes in float32 all the same.
     """
 
     layers: int
@@ -33,6 +34,7 @@ class NetworkDimensions:
     text_tokens: int
     window: int | None
     checkpointing: bool = False
+    number_bytes: int = FLOAT
 
     def seen(self, start: int, block: int) -> int:
         """Frames of the past that the block at ``start`` sees."""
@@ -46,7 +48,8 @@ class RolloutShape:
     groups, branches: P prompts and clips of each, anchors included. start, frames: latent frames before the window and
     in it. block: frames denoised together. latent: numbers of a latent frame. draws: noise tensors of a block. steps:
     of the sampler. path: whether the visited states are recorded. routed: whether some steps see another history.
-    resident: frames that routes keep beyond what the policy shows.
+    resident: frames that routes keep beyond what the policy shows. at_once, branches_at_once: groups, and branches of
+    each, that are rolled out together, None for all; what they leave behind stays.
     """
 
     groups: int
@@ -60,6 +63,8 @@ class RolloutShape:
     path: bool
     routed: bool = False
     resident: int = 0
+    at_once: int | None = None
+    branches_at_once: int | None = None
 
     @property
     def clips(self) -> int:
@@ -129,10 +134,15 @@ def size(count: float) -> str:
     return f"{count / MIB:.1f} MiB" if count < 1024 * MIB else f"{count / MIB / 1024:.2f} GiB"
 
 
-def layer_floats(network: NetworkDimensions, rank: int | None, tokens: int, frames: int) -> int:
+def layer_bytes(network: NetworkDimensions, rank: int | None, tokens: int, frames: int) -> int:
     """What one layer keeps for its backward pass beside gathered keys and values."""
-    per_token = 14 * network.width + 8 * rank if rank is not None else 21 * network.width
-    return (per_token + 2 * network.ffn_width) * tokens + 8 * network.width * frames
+    width = (14 if rank is not None else 21) * network.width + 2 * network.ffn_width
+    wide = 8 * network.width * frames  # modulation
+    if rank is not None:
+        wide += 8 * rank * tokens
+        if network.number_bytes < FLOAT:  # float32 adapters make a wide copy of the input of every linear layer
+            wide += (7 * network.width + network.ffn_width) * tokens
+    return network.number_bytes * width * tokens + FLOAT * wide
 
 
 def gathered_frames(network: NetworkDimensions, start: int, frames: int, block: int, streams: int) -> tuple[int, int]:
@@ -149,8 +159,9 @@ def update_bytes(network: NetworkDimensions, rollout: RolloutShape, update: Upda
     width, layers, per_clip = network.width, network.layers, update.streams * update.frames
     frames = update.clips * per_clip
     keys, values = gathered_frames(network, rollout.start, update.frames, rollout.block, update.streams)
-    noisy = layer_floats(network, weights.rank, frames * network.tokens, frames)
-    noisy += update.clips * (keys + values) * network.tokens * width
+    number = network.number_bytes
+    noisy = layer_bytes(network, weights.rank, frames * network.tokens, frames)
+    noisy += number * update.clips * (keys + values) * network.tokens * width
     clean_frames = update.clips * max(0, update.frames - rollout.block)
     history = 2 * layers * width * network.tokens * clean_frames
     prompts = -(-update.clips // rollout.branches)
@@ -158,11 +169,12 @@ def update_bytes(network: NetworkDimensions, rollout: RolloutShape, update: Upda
     clean = 0
     if update.history_grad and clean_frames:
         keys, values = gathered_frames(network, rollout.start, update.frames - rollout.block, rollout.block, 1)
-        clean = layer_floats(network, weights.rank, clean_frames * network.tokens, clean_frames)
-        clean += update.clips * (keys + values) * network.tokens * width
+        clean = layer_bytes(network, weights.rank, clean_frames * network.tokens, clean_frames)
+        clean += number * update.clips * (keys + values) * network.tokens * width
     prefix = 2 * layers * width * network.tokens * prefix_frames(network, rollout) * prompts
     if network.checkpointing:
-        kept = layers * width * network.tokens * (frames + (clean_frames if update.history_grad else 0)) + noisy + clean
+        inputs = frames + (clean_frames if update.history_grad else 0)
+        kept = number * layers * width * network.tokens * inputs + noisy + clean
     else:
         kept = layers * (noisy + clean)
     transient = 2 * network.ffn_width * frames * network.tokens
@@ -170,8 +182,8 @@ def update_bytes(network: NetworkDimensions, rollout: RolloutShape, update: Upda
     gradients = weights.trained if update.clips < update.total else 0
     views = rollout.latent * update.total * per_clip * (update.views - 1) if update.kept else 0
     probes = 3 * rollout.latent * update.total * per_clip
-    floats = kept + history + prefix + text + transient + latents + gradients + views + probes + record_floats(rollout)
-    return FLOAT * floats
+    floats = latents + gradients + views + probes + record_floats(rollout)
+    return kept + number * (history + prefix + text + transient) + FLOAT * floats
 
 
 def prefix_frames(network: NetworkDimensions, rollout: RolloutShape) -> int:
@@ -188,14 +200,16 @@ def record_floats(rollout: RolloutShape) -> int:
 
 
 def rollout_bytes(network: NetworkDimensions, rollout: RolloutShape, weights: TrainedSize) -> int:
-    """Peak of generating all clips of a step at once."""
-    clips, block = rollout.clips, rollout.block
+    """Peak of generating the clips of a step, so many groups and branches at once."""
+    groups = rollout.groups if rollout.at_once is None else min(rollout.at_once, rollout.groups)
+    together = min(rollout.branches_at_once or rollout.branches, rollout.branches)
+    clips, block = groups * together, rollout.block
     kv_frame = 2 * network.layers * network.width * network.tokens
     peak = 0
     for first in range(rollout.start, rollout.start + rollout.frames, block):
         seen, made = network.seen(first, block), first - rollout.start
         own = made if network.window is None else min(made, network.window)
-        stored = kv_frame * (clips * own + rollout.groups * prefix_frames(network, rollout))
+        stored = kv_frame * (clips * own + groups * prefix_frames(network, rollout))
         rotated = kv_frame * clips * seen * (2 if rollout.routed else 1)
         peak = max(peak, stored + rotated)
     tokens = clips * block * network.tokens
@@ -203,8 +217,11 @@ def rollout_bytes(network: NetworkDimensions, rollout: RolloutShape, weights: Tr
     transient = (adapters * network.ffn_width + 7 * network.width) * tokens
     noise = rollout.draws * clips * rollout.frames * rollout.latent
     trace = (2 * rollout.steps + 1) * clips * (rollout.frames if rollout.path else block) * rollout.latent
-    text = 2 * network.layers * network.width * network.text_tokens * rollout.groups
-    return FLOAT * (peak + text + transient + noise + trace + record_floats(rollout))
+    if together < rollout.branches:  # what earlier parts left is kept until all are joined
+        kept = 2 * rollout.steps + 1 if rollout.path else 1
+        trace += kept * groups * rollout.branches * rollout.frames * rollout.latent
+    text = 2 * network.layers * network.width * network.text_tokens * groups
+    return network.number_bytes * (peak + text + transient) + FLOAT * (noise + trace + record_floats(rollout))
 
 
 def estimate_memory(

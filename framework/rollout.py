@@ -38,8 +38,13 @@ class BlockTrace:
 
 
 def noise_count(kernel: TransitionKernel, recipe: GeneratorRecipe) -> int:
-    """Noise tensors a block needs: the initial one and one per step that draws."""
-    return 1 + sum(kernel.std(*pair) > 0 for pair in recipe.schedule.transitions)
+    """Noise tensors drawn for a block: the initial one and one per step that draws.
+
+    As many for every block, so that noise depends on seed and block alone: where a stream's first block has a schedule
+    of its own, the block that needs fewer leaves the last ones unused.
+    """
+    schedules = [recipe.schedule, recipe.schedule_at(0)]
+    return 1 + max(sum(kernel.std(*pair) > 0 for pair in schedule.transitions) for schedule in schedules)
 
 
 def denoise_block(
@@ -53,7 +58,7 @@ def denoise_block(
 
     routes: per clip, the history it is shown at the steps that the route names; empty for none.
     """
-    transitions = generator.recipe.schedule.transitions
+    transitions = generator.recipe.schedule_at(stream.next_frame).transitions
     x = transitions[0][0] * noise[:, 0]
     states, velocities, drawn = [x], [], 0
     for k, (sigma, sigma_next) in enumerate(transitions):
@@ -105,12 +110,14 @@ def roll_out(
     plans: Sequence[GroupPlan],
     kernel: TransitionKernel,
     keep: frozenset[type[Record]] = frozenset({Endpoints}),
+    branches_at_once: int | None = None,
 ) -> Tape:
     """Generate every branch of every plan under the policy in force.
 
     All plans must share their window and group size. Noise depends on the plans' seeds alone, so a clip is the same
     in any batch (up to the rounding of batched matrix products). keep: the record types to write. A prompt switches
     with the first block at or after its frame, in each plan at its own; the tape's scenes say where it took effect.
+    branches_at_once: how many branches of each plan form one batch behind the shared prefix, None for all.
     """
     plans = [replace(plan, scene=plan.scene.on_blocks(generator.recipe.block_frames)) for plan in plans]
     first, blocks, branches = plans[0].first_block, plans[0].blocks, len(plans[0].branches)
@@ -118,24 +125,43 @@ def roll_out(
         raise ValueError("the plans of one rollout must share their window and their group size")
     for plan in plans:
         generator.check_plan(plan)
-    trunk, prefix = generate_prefix(generator, plans, kernel)
-    rows = [branch for plan in plans for branch in plan.branches]
-    noise = draw_noise([row.noise_seed for row in rows], noise_shape(generator, kernel, blocks), device_of(generator))
     path_asked = any(issubclass(kind, tuple(keep)) for kind in (Displacements, OnPolicyTransitions))
-    routes = [row.route for row in rows]
-    traces = [
-        trace if path_asked else BlockTrace((trace.x0,), ())
-        for trace in generate_blocks(
-            # nobody here keeps the forked stream: what its first block saw would live as long as the rollout
-            generator,
-            generator.fork(trunk, branches),
-            noise,
-            kernel,
-            routes if any(routes) else (),
-            [plan.scene for plan in plans],
-        )
-    ]
+    if path_asked:
+        check_windows(plans, generator.recipe)
+    trunk, prefix = generate_prefix(generator, plans, kernel)
+    scenes, shape = [plan.scene for plan in plans], noise_shape(generator, kernel, blocks)
+
+    def generate(part: slice) -> list[BlockTrace]:
+        """Some branches of each plan."""
+        rows = [branch for plan in plans for branch in plan.branches[part]]
+        noise = draw_noise([row.noise_seed for row in rows], shape, device_of(generator))
+        routes = [row.route for row in rows]
+        # nobody here keeps the forked stream: what its first block saw would live as long as the rollout
+        forked = (generator, generator.fork(trunk, len(rows) // len(plans)))
+        return [
+            trace if path_asked else BlockTrace((trace.x0,), ())
+            for trace in generate_blocks(*forked, noise, kernel, routes if any(routes) else (), scenes)
+        ]
+
+    size = branches if branches_at_once is None else min(branches_at_once, branches)
+    parts = [generate(slice(first, first + size)) for first in range(0, branches, size)]
+    traces = joined_traces(parts, len(plans)) if len(parts) > 1 else parts[0]
     return Tape(tuple(plans), dict(_write(traces, prefix, plans, generator.recipe, kernel, keep)))
+
+
+def joined_traces(parts: Sequence[Sequence[BlockTrace]], groups: int) -> list[BlockTrace]:
+    """The traces of all branches, in group order, from those of some branches of each of ``groups`` groups."""
+
+    def join(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([tensor.unflatten(0, (groups, -1)) for tensor in tensors], dim=1).flatten(0, 1)
+
+    return [
+        BlockTrace(
+            tuple(map(join, zip(*(trace.states for trace in block), strict=True))),
+            tuple(map(join, zip(*(trace.velocities for trace in block), strict=True))),
+        )
+        for block in zip(*parts, strict=True)
+    ]
 
 
 def generate_prefix(
@@ -188,11 +214,23 @@ def resident_frames(plans: Sequence[GroupPlan], block_frames: int) -> int:
     )
 
 
+def check_windows(plans: Sequence[GroupPlan], recipe: GeneratorRecipe) -> None:
+    """Raises ValueError where blocks of one trained window were sampled on different schedules."""
+    if recipe.first_schedule is not None and any(plan.first_block == 0 for plan in plans):
+        raise ValueError(
+            f"the window starts at frame 0, but the recipe {recipe.name!r} samples the first block of a stream on a "
+            f"schedule of its own: train later windows, e.g. NoiseEndpoint.layout = Anywhere(earliest=1), or set "
+            f"first_schedule=None"
+        )
+
+
 def check_routes(generator: StreamingGenerator, plan: GroupPlan, scenes: Sequence[Scene]) -> None:
     """Raises ValueError where routes like those of a plan cannot be shown in all of some scenes, before step 300 does.
 
-    Asked for the window behind the last switch of each: every recache has happened by then.
+    Asked for the window behind the last switch of each: every recache has happened by then. Raises what `check_windows`
+    raises.
     """
+    check_windows([plan], generator.recipe)
     size = generator.recipe.block_frames
     for scene in {scene.segments: scene.on_blocks(size) for scene in scenes}.values():
         generator.check_plan(replace(plan, scene=scene, first_block=scene.segments[-1].start // size))
@@ -207,6 +245,7 @@ def blank_tape(
     plans: Sequence[GroupPlan], recipe: GeneratorRecipe, kernel: TransitionKernel, keep: frozenset[type[Record]]
 ) -> Tape:
     """The tape that `roll_out` would write, of zeros and with one pixel a frame: which records, of which shape."""
+    check_windows(plans, recipe)
     channels, _, _ = recipe.latent
     rows, steps = sum(len(plan.branches) for plan in plans), len(recipe.schedule.sigmas)
     block = torch.zeros(rows, channels, recipe.block_frames, 1, 1)

@@ -1,11 +1,15 @@
-"""The shapes of a training step, read off its parts without calling the network: what a memory estimate starts from."""
+"""The shapes of a training step, read off its parts without calling the network: what is said and estimated of it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 
 from torch import nn
 
+from framework.accounting import GroupCount
 from framework.adapters import Adaptation, LoRA
+from framework.devices import META
+from framework.distributed import World
 from framework.interfaces import ExplorationStrategy, Regularizer, StreamingGenerator, SurrogatePolicy
 from framework.memory_estimate import MemoryEstimate, RolloutShape, TrainedSize, UpdateShape, estimate_memory
 from framework.records import Displacements, OnPolicyTransitions, Record
@@ -29,6 +33,8 @@ class StepParts:
     prompts_per_step: int
     updates_per_rollout: int
     micro_batch_size: int
+    groups_at_once: int | None = None
+    branches_at_once: int | None = None
 
     @classmethod
     def of(cls, trainer: Trainer) -> "StepParts":
@@ -55,6 +61,8 @@ def rollout_shape(parts: StepParts) -> RolloutShape:
         path=any(issubclass(kind, tuple(parts.keep)) for kind in (Displacements, OnPolicyTransitions)),
         routed=routed,
         resident=resident_frames([plan], recipe.block_frames),
+        at_once=parts.groups_at_once,
+        branches_at_once=parts.branches_at_once,
     )
 
 
@@ -98,3 +106,50 @@ def estimate_step(parts: StepParts, adaptation: Adaptation) -> MemoryEstimate | 
         return None
     weights = trained_size(parts.generator.network, adaptation)
     return estimate_memory(network, rollout_shape(parts), update_shape(parts), weights)
+
+
+def describe_step(
+    parts: StepParts, adaptation: Adaptation, trained: Mapping[str, nn.Parameter], prompts: int, world: World
+) -> list[str]:
+    """What a step is made of, for the start of a run whose adaptation is attached.
+
+    parts: of one rank. prompts: of all ranks.
+    """
+    recipe, kernel = parts.generator.recipe, parts.exploration.kernel
+    (plan,) = parts.exploration.plan(parts.scenes[:1], [0], recipe, Streams(parts.seed).at("selfcheck"))
+    count, update, memory = GroupCount.of(plan), update_shape(parts), estimate_step(parts, adaptation)
+    numbers = sum(p.numel() for p in trained.values())
+    total = sum(p.numel() for p in parts.generator.network.parameters())
+    return [
+        f"trainable: {numbers:,} of {total:,} parameters ({100 * numbers / total:.1f} %), "
+        f"{adaptation.describe(dict(trained))}",
+        f"step: {count.arithmetic(prompts)}, micro-batches of up to "
+        f"{min(parts.micro_batch_size, prompts * count.clips)}, {parts.updates_per_rollout} update(s) per rollout",
+        f"update: {world.size} rank(s) × {update.arithmetic()}",
+        *world.describe(prompts),
+        f"sampler: σ {', '.join(f'{sigma:.4f}' for sigma in recipe.schedule.sigmas)}; "
+        f"std of its steps {', '.join(f'{kernel.std(*pair):.4f}' for pair in recipe.schedule.transitions)}",
+        f"memory: {'this generator does not tell its sizes' if memory is None else memory.summary()}",
+    ]
+
+
+def plan_lines(parts: StepParts, adaptation: Adaptation) -> list[str]:
+    """What can be said of a run from sizes alone: parameters, the step, and its memory on 1, 8 and a GPU per prompt.
+
+    parts: of the whole run. The network may be on the meta device; its adaptation is put on it here.
+    """
+    device = next(parts.generator.network.parameters()).device
+    with device if device.type == META else nullcontext():  # adapters of a billion numbers are not drawn to be dropped
+        trained = adaptation.attach(parts.generator.network, parts.seed)
+    prompts = parts.prompts_per_step
+    lines = describe_step(parts, adaptation, trained, prompts, World())[:-1]
+    for gpus in sorted({gpus for gpus in (1, 8, prompts) if gpus <= prompts}):
+        memory = estimate_step(replace(parts, prompts_per_step=-(-prompts // gpus)), adaptation)
+        said = "this generator does not tell its sizes" if memory is None else memory.summary()
+        lines.append(f"memory of each of {gpus} GPUs: {said}" if gpus > 1 else f"memory of 1 GPU: {said}")
+    smallest = replace(parts, prompts_per_step=1, micro_batch_size=1, groups_at_once=1, branches_at_once=1)
+    least = estimate_step(smallest, adaptation)
+    if least is not None:
+        knobs = "train.micro_batch_size=1 and train.branches_at_once=1"
+        lines.append(f"memory of a GPU per prompt with {knobs}: {least.summary()}")
+    return [*lines, "not counted: text encoder, video decoder, reward models"]

@@ -8,7 +8,6 @@ from torch import Tensor
 from framework.accounting import GroupCount, Scalars, Stopwatch, add_scalars, collect_metrics
 from framework.data.scenes import draw_scenes
 from framework.distributed import World
-from framework.evaluation import decode_tape
 from framework.interfaces import (
     AdvantageRule,
     ExplorationStrategy,
@@ -17,6 +16,7 @@ from framework.interfaces import (
     StreamingGenerator,
     SurrogatePolicy,
 )
+from framework.judging import Judging
 from framework.nonfinite import (
     NonFinite,
     NonFiniteRule,
@@ -32,7 +32,7 @@ from framework.policies import BEHAVIOUR, FrozenViews, Policies
 from framework.records import Endpoints, Record
 from framework.reference import Frozen, ReferenceSchedule, advance_reference, shift_metrics
 from framework.rng import Streams
-from framework.rollout import device_of, roll_out
+from framework.rollout import check_windows, device_of
 from framework.types import Loss, Objective, Scene, Statistics, Tape
 
 COUNTS = ("steps_done", "updates_done", "samples_seen")
@@ -44,7 +44,9 @@ STATEFUL = ("policies", "torch_optimizer", "regularizer", "reference", "reward",
 class Trainer:
     """What one step needs. ``keep`` holds the record types that the parts read.
 
-    checksum_every: steps between comparisons of the policies over the ranks of the world, 0 for never.
+    checksum_every: steps between comparisons of the policies over the ranks of the world, 0 for never. groups_at_once:
+    groups that are rolled out together and scored while the next are, None for all and then scored; see `judging`.
+    branches_at_once: of a group, rolled out together, None for all.
     """
 
     generator: StreamingGenerator
@@ -65,6 +67,8 @@ class Trainer:
     world: World = field(default_factory=World)
     checksum_every: int = 0
     nonfinite: NonFiniteRule = field(default_factory=Stop)
+    groups_at_once: int | None = None
+    branches_at_once: int | None = None
 
     def __post_init__(self) -> None:
         self.torch_optimizer = self.optimizer.build(self.policies.parameters.values())
@@ -101,19 +105,21 @@ class Trainer:
         # Explore: how do the branches of each group differ?
         scenes, groups = draw_scenes(self.scenes, self.steps_done, self.prompts_per_step, self.seed)
         plans = self.exploration.plan(scenes, groups, recipe, streams)
+        check_windows(plans, recipe)
         share, whole = self.world.share(plans), Tape(plans, {})
-        with self.policies.use(BEHAVIOUR):
-            tape = roll_out(self.generator, share.plans, self.exploration.kernel, self.keep)
-        check_latents(not self.world.any(not all_finite(tape[Endpoints].latents)), self.steps_done)
-        clock.lap("rollout_s")
+        with Judging(self.generator, self.reward, self.groups_at_once, self.branches_at_once) as judging:
+            with self.policies.use(BEHAVIOUR):
+                tape = judging.roll_out(share.plans, self.exploration.kernel, self.keep)
+            check_latents(not self.world.any(not all_finite(tape[Endpoints].latents)), self.steps_done)
+            clock.lap("rollout_s")
 
-        # Judge: which branches were better than their siblings?
-        scored = self.reward.score(decode_tape(self.generator, tape))
-        scores = self.world.gather_scores(scored, len(whole.groups))
-        check_scores(scores, self.steps_done)
-        advantage = self.advantage(scores, whole.groups, whole.anchors)
+            # Judge: which branches were better than their siblings?
+            scores = self.world.gather_scores(judging.scores(), len(whole.groups))
+        judged = self.reward.settle(scores, whole.groups)
+        check_scores(judged, self.steps_done)
+        advantage = self.advantage(judged, whole.groups, whole.anchors)
         check_advantages(advantage, self.steps_done)
-        marks = self.regularizer.prepare(scores, whole.groups, whole.anchors)
+        marks = self.regularizer.prepare(judged, whole.groups, whole.anchors)
         active = int(advantage.active.sum())
         device = device_of(self.generator)
         on_device = share.of(advantage).to(device)
@@ -150,7 +156,8 @@ class Trainer:
         self.samples_seen += len(whole.groups)
         if self.checksum_every and self.steps_done % self.checksum_every == 0:
             self.world.check_equal(self.policies.tensors(), f"step {self.steps_done}")
-        return collect_metrics(metrics, scores, advantage, active, clock.laps)
+        laps = clock.laps | judging.laps
+        return {**collect_metrics(metrics, scores, advantage, active, laps), **self.reward.metrics()}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on beside the parts' parameters and the frozen weights."""

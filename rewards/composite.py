@@ -1,12 +1,16 @@
 """Several reward models as one, and one signal as a weighted sum of others."""
 
+import functools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from framework.interfaces import RewardModel
 from framework.types import Scores, VideoBatch
+from rewards.failure import only
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,13 @@ class CompositeReward(RewardModel):
         for model in self.models[1:]:
             scores = scores | model.score(videos)
         return scores
+
+    def settle(self, scores: Scores, groups: Tensor) -> Scores:
+        settled = [model.settle(only(scores, model.signals), groups) for model in self.models]
+        return functools.reduce(operator.or_, settled)
+
+    def metrics(self) -> Mapping[str, float]:
+        return {name: value for model in self.models for name, value in model.metrics().items()}
 
     def unavailable(self) -> str | None:
         return next((reason for model in self.models if (reason := model.unavailable()) is not None), None)
@@ -59,6 +70,7 @@ class WeightedReward(RewardModel):
                 f"WeightedReward.weights must weigh signals of {list(self.model.signals)}, not all 0; "
                 f"got {dict(self.weights)}"
             )
+        refuse_policy(self.model, "WeightedReward")
 
     @property
     def signals(self) -> tuple[str, ...]:
@@ -74,8 +86,25 @@ class WeightedReward(RewardModel):
     def unavailable(self) -> str | None:
         return self.model.unavailable()
 
+    def metrics(self) -> Mapping[str, float]:
+        return self.model.metrics()
+
     def state_dict(self) -> dict:
         return self.model.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
         self.model.load_state_dict(state)
+
+
+def refuse_policy(model: RewardModel, wrapper: str) -> None:
+    """Raises ValueError for a failure policy inside of a wrapper that steps do not ask to settle anything."""
+    inside = model.models if isinstance(model, CompositeReward) else (model,)
+    for part in inside:
+        if isinstance(part, CompositeReward):
+            refuse_policy(part, wrapper)
+        elif type(part).settle is not RewardModel.settle:
+            name = type(part).__name__
+            raise ValueError(
+                f"{wrapper} cannot hold {name}, which decides about the failed scores of a step and would not be "
+                f"asked: put {wrapper} inside of {name}"
+            )

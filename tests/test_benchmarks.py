@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from backbones.embedded.generator import CONFIG
 from backbones.history import FullHistory
 from benchmarks import __main__ as command
-from benchmarks import p1, p2, p3, p4, p5, p6, p8, streaming
+from benchmarks import p1, p2, p3, p4, p5, p6, p7, p8, streaming
 from benchmarks.measure import LiveBytes, Ratio, Row, Seconds, storage_bytes, table
 from benchmarks.scenarios import MINIATURE, random_generator
 
@@ -172,6 +172,24 @@ def test_every_row_runs_in_miniature_and_prints_a_table():
     assert {"P1", "P2", "P3", "P5", "P6", "P8", "FPS"} == {row.name for row in rows}
 
 
+SMALL = {**p7.TINY, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32}
+
+
+def test_the_streaming_row_of_a_wan_network_runs_and_says_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    *rows, missing = p7.measure(SMALL, (16, 4, 4), blocks=1, repeats=1)
+    assert all(row.value > 0 and row.as_wanted for row in rows)
+    assert missing.verdict == "not measured" and "no GPU: not measured" in table([missing])
+
+
+def test_a_replay_is_counted_with_the_products_of_its_attention():
+    plain = p7.replay_operations(SMALL, (16, 4, 4))
+    generator = p7.wan_generator(SMALL, (16, 4, 4))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        generator.replay(p7.clip_probes(generator))
+    assert plain > counter.get_total_flops()  # this processor's own kernel is not seen by the counter
+
+
 def test_the_memory_row_sees_its_planted_leaks_and_finds_the_stream_constant():
     short, long = (p4.generation_bytes(MINIATURE, p4.WINDOW, blocks) for blocks in (5, 10))
     assert short == long
@@ -185,7 +203,7 @@ def test_the_memory_row_sees_its_planted_leaks_and_finds_the_stream_constant():
 def test_the_command_refuses_a_row_it_does_not_have(capsys):
     with pytest.raises(SystemExit):
         command.main(["p9"])
-    assert "no row is called 'p9'; the rows are p1, p2, p3, p4, p5, p6, p8, streaming" in capsys.readouterr().err
+    assert "no row is called 'p9'; the rows are p1, p2, p3, p4, p5, p6, p7, p8, streaming" in capsys.readouterr().err
 
 
 def test_the_command_fails_when_a_goal_is_missed(monkeypatch, capsys):

@@ -45,6 +45,8 @@ def embedded_recipe() -> GeneratorRecipe:
         schedule=FewStepSchedule(),
         prediction="x0",
         fps=8.0,
+        source="packaged with armillary",
+        licence="Apache-2.0",
     )
 
 

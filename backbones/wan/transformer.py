@@ -4,6 +4,7 @@ State-dict names are those of diffusers, so checkpoints, PEFT and quantisers kee
 cache: it takes immutable past K/V and returns the new ones; only its caller commits.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -11,10 +12,14 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.transformers.transformer_wan import WanTransformer3DModel, WanTransformerBlock
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from backbones.plans import AttentionPlan, bidirectional_plan
 from backbones.rope import rope_table, rotate
-from backbones.visible import LayerKV, Positions, VisibleKV
+from backbones.visible import LayerKV, Positions, VisibleKV, spread
+
+THETA = 10000.0
+"""Base of the rotary embedding."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Context:
     width: int
     theta: float
     past: VisibleKV | None
+    attention: str = "auto"
     memo: dict[tuple, Tensor] = field(default_factory=dict)
     """Rotary tables and index tensors, made by the first layer and gone with the call."""
 
@@ -68,10 +74,36 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Full attention of q [N, Lq, heads, d] over k, v [N, Lk, heads, d] → [N, Lq, heads, d]."""
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return out.transpose(1, 2)
+ATTENTION: dict[str, list[SDPBackend] | None] = {
+    "auto": None,  # torch chooses
+    "math": [SDPBackend.MATH],
+    "flash": [SDPBackend.FLASH_ATTENTION],
+    "efficient": [SDPBackend.EFFICIENT_ATTENTION],
+    "cudnn": [SDPBackend.CUDNN_ATTENTION],
+}
+"""Kernels of the attention by name; they differ by roundings. Chosen per call, not for the process: a checkpointed
+block computes again, outside of any context that was around the forward pass, and must take the same one."""
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, attention: str = "auto") -> Tensor:
+    """Full attention of q [N, Lq, heads, d] over k, v [N, Lk, heads, d] → [N, Lq, heads, d].
+
+    Raises ValueError where the named kernel cannot do it.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    kernels = ATTENTION[attention]
+    if kernels is None:
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    try:
+        with sdpa_kernel(kernels):
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    except RuntimeError as error:
+        if "No available kernel" not in str(error) and "No viable backend" not in str(error):
+            raise
+        raise ValueError(
+            f"attention={attention!r} has no kernel for {q.dtype} with {q.shape[-1]} numbers per head on {q.device}; "
+            f"set attention='auto' or another of {', '.join(ATTENTION)}"
+        ) from error
 
 
 def planned_attention(q: Tensor, k: Tensor, v: Tensor, layer: int, context: Context) -> Tensor:
@@ -81,12 +113,14 @@ def planned_attention(q: Tensor, k: Tensor, v: Tensor, layer: int, context: Cont
         (only,) = plan.segments
         q = context.rotate(q, only.query_positions)
         k = context.rotate(k, only.key_positions[plan.past :])
-        if past is not None and plan.past:
+        if past is not None and (plan.past or past.memory):
             positions = past.positions or only.key_positions[: plan.past]
             past_k, past_v = past.rotated(layer, positions, lambda x: context.rotate(x, positions))
             k, v = torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1)
-        return attend(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)).unflatten(1, q.shape[1:3])
+        out = attend(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), context.attention)
+        return out.unflatten(1, q.shape[1:3])
 
+    memory = None if past is None else past.remembered(layer)
     if past is not None and plan.past:
         past_k, past_v = past.read(layer)
         k, v = torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1)
@@ -96,8 +130,12 @@ def planned_attention(q: Tensor, k: Tensor, v: Tensor, layer: int, context: Cont
         k_b = context.rotate(context.take(k, batch.keys), batch.key_positions)
         v_b = context.take(v, batch.keys)
         rows = (batch.count, -1)
-        q_b, k_b, v_b = (x.unflatten(1, rows).flatten(0, 1).flatten(1, 2) for x in (q_b, k_b, v_b))
-        out = attend(q_b, k_b, v_b)  # [N · segments, queries · S, heads, d]
+        q_b, k_b, v_b = (x.unflatten(1, rows).flatten(0, 1) for x in (q_b, k_b, v_b))
+        if memory is not None:  # every segment sees all of it
+            more_k, more_v = (spread(x, len(k_b)) for x in memory)
+            k_b, v_b = torch.cat([k_b, more_k], dim=1), torch.cat([v_b, more_v], dim=1)
+        q_b, k_b, v_b = (x.flatten(1, 2) for x in (q_b, k_b, v_b))
+        out = attend(q_b, k_b, v_b, context.attention)  # [N · segments, queries · S, heads, d]
         outputs.append(out.reshape(q.shape[0], len(batch.queries), *q.shape[2:]))
     return context.take(torch.cat(outputs, dim=1), plan.places)
 
@@ -142,7 +180,7 @@ class CausalWanBlock(WanTransformerBlock):
         x = self.norm2(hidden_states.to(wide)).to(dtype)
         q = self.attn2.norm_q(self.attn2.to_q(x)).unflatten(-1, heads)
         prompts = text[0].shape[0]
-        x = attend(q.reshape(prompts, -1, *q.shape[-2:]), *text).reshape(*x.shape)
+        x = attend(q.reshape(prompts, -1, *q.shape[-2:]), *text, context.attention).reshape(*x.shape)
         hidden_states = hidden_states + self.attn2.to_out[1](self.attn2.to_out[0](x))
 
         # 3. Feed-forward
@@ -219,12 +257,14 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         plan: AttentionPlan | None = None,
         past: VisibleKV | None = None,
         return_kv: bool = False,
+        attention: str = "auto",
     ) -> tuple[Tensor, tuple[LayerKV, ...]]:
         """One pass over a sequence of frames.
 
         hidden_states: [N, C, F, H, W]. timestep: 1000 σ as float32 or wider, [N] or one per frame [N, F].
         encoder_hidden_states: padded text [P, L, text_dim] or its K/V, P dividing N. plan, past: who sees what; without
-        them, bidirectional. Returns (output [N, C, F, H, W], new K/V per layer, empty unless return_kv).
+        them, bidirectional. attention: which kernel, see `ATTENTION`.
+        Returns (output [N, C, F, H, W], new K/V per layer, empty unless return_kv).
         Raises ValueError for integer or 16-bit timesteps (bf16 maps 937.5 to 936) and where P does not divide N.
         """
         if not timestep.is_floating_point() or timestep.dtype.itemsize < 4:
@@ -232,7 +272,7 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         batch, _, frames, height, width = hidden_states.shape
         _, p_h, p_w = self.config["patch_size"]
         grid = (height // p_h, width // p_w)
-        context = Context(plan or bidirectional_plan(frames), *grid, 10000.0, past)
+        context = Context(plan or bidirectional_plan(frames), *grid, THETA, past, attention)
         text = (
             encoder_hidden_states if isinstance(encoder_hidden_states, TextKV) else self.text_kv(encoder_hidden_states)
         )
@@ -275,7 +315,8 @@ class CausalWanTransformer3DModel(WanTransformer3DModel):
         embedder = self.condition_embedder
         sinusoid = time_sinusoid(per_frame, self.config["freq_dim"])
         weight_dtype = embedder.time_embedder.linear_1.weight.dtype
-        with torch.autocast(timestep.device.type, enabled=False):
+        device = timestep.device.type
+        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):  # shapes have no autocast
             temb = embedder.time_embedder(sinusoid.to(weight_dtype))
             modulation = embedder.time_proj(embedder.act_fn(temb).to(embedder.time_proj.weight.dtype))
         return temb.to(wide_dtype(temb)), modulation.unflatten(-1, (6, -1)).to(wide_dtype(temb))

@@ -2,9 +2,11 @@
 
 import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from framework.devices import META, sizes_only
 from framework.environment import Finding, Verdict, available_memory, check_memory, check_reward, machine_findings
 from framework.reporting.progress import say
 
@@ -46,17 +48,23 @@ def run_findings(
     from framework.config.load import load_config
     from framework.run_shape import StepParts, estimate_step
 
-    built = load_config("train", gin_files=gin_files, gin_params=gin_params, plugins=plugins).build()
+    with sizes_only():
+        built = load_config("train", gin_files=gin_files, gin_params=gin_params, plugins=plugins).build()
     given: dict[str, Any] = {
         name: parameter.default for name, parameter in inspect.signature(train).parameters.items()
     } | built
     keep = check_recipe(given["exploration"], given["surrogate"], given["advantage"], given["regularizer"])
     yield Finding("config", Verdict.OK, "all parts build and fit together")
     yield check_reward(given["reward"])
-    given["adaptation"].attach(given["generator"].network, given["seed"])
+    network = given["generator"].network
+    place = next(network.parameters()).device
+    with place if place.type == META else nullcontext():
+        trained = given["adaptation"].attach(network, given["seed"])
+    counts = (sum(p.numel() for p in parameters) for parameters in (network.parameters(), trained.values()))
+    yield Finding("network", Verdict.OK, "{:,} parameters, of which {:,} train".format(*counts))
     parts = StepParts(
         given["generator"], given["exploration"], given["surrogate"], given["regularizer"],
         given["scenes"].scenes(), keep, given["seed"], given["prompts_per_step"], given["updates_per_rollout"],
-        given["micro_batch_size"],
+        given["micro_batch_size"], given["groups_at_once"], given["branches_at_once"],
     )  # fmt: skip
     yield check_memory(estimate_step(parts, given["adaptation"]), available_memory(device))

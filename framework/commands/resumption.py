@@ -18,10 +18,13 @@ from framework.reporting.runfolder import FINISHED, create_run_folder, fresh_fol
 
 FREE = ("output_dir", "resume", "dry_run", "max_steps", "checkpoint_every", "keep_checkpoints", "distribution")
 """Parameters of a command that a resumed run may have otherwise: no step depends on them."""
-FREE_PART = "distribution.Distribution."
-"""A part of which the same is true."""
-NOTED = ("threads", "device")
-"""Parameters that move a run to another machine: the same steps, equal up to rounding; said aloud when they differ."""
+FREE_PARTS = (
+    "distribution.Distribution.", "client.HttpReward.urls", "client.HttpReward.token_file",
+    "client.HttpReward.timeout_", "calling.Patience.",
+)  # fmt: skip
+"""Parts, or parameters of parts, of which the same is true. A reward service that moved holds the same model there."""
+NOTED = ("threads", "device", "groups_at_once", "branches_at_once")
+"""Parameters that fit a run to a machine: the same steps, equal up to rounding; said aloud when they differ."""
 CHECKPOINTS = "checkpoints"
 KEPT = {CONFIG, "command.txt", "env.json", "metrics.jsonl", "tb", "before.safetensors", CHECKPOINTS}
 """What is the run's own; everything else in its folder is a result of its end."""
@@ -201,7 +204,7 @@ def check_same_config(command: str, recorded: str, given: str, where: str) -> li
 
     def lines(text: str, names: tuple[str, ...], wanted: bool) -> set[str]:
         heads = tuple(f"{command}.{name} = " for name in names)
-        found = (line.strip() for line in text.splitlines() if not line.startswith(FREE_PART))
+        found = (line.strip() for line in text.splitlines() if not line.startswith(FREE_PARTS))
         return {line for line in found if line and not line.startswith("#") and line.startswith(heads) == wanted}
 
     there, here = (lines(text, (*FREE, *NOTED), False) for text in (recorded, given))

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from framework.accounting import GroupCount
 from framework.adapters import Adaptation
 from framework.checkpoint import Checkpoints
 from framework.commands.ranks import NoLog, open_run_together
@@ -12,7 +11,7 @@ from framework.commands.resumption import resume_command
 from framework.commands.training_run import TrainingRun, log_evaluation
 from framework.compatibility import check_recipe, check_reference, check_signals, check_updates
 from framework.data.scenes import SceneSource, draw_scenes
-from framework.devices import prepare
+from framework.devices import META, prepare
 from framework.distributed import Distribution, current_world, on_every_rank
 from framework.evaluation import HeldOut, decode_tape
 from framework.interfaces import (
@@ -36,10 +35,10 @@ from framework.reporting.progress import say
 from framework.reporting.summary import RunReport, control_lines, write_report
 from framework.rng import Streams, check_seed
 from framework.rollout import canonical, check_routes, roll_out
-from framework.run_shape import StepParts, estimate_step, update_shape
+from framework.run_shape import StepParts, describe_step, plan_lines
 from framework.selfchecks import check_ratio, check_replay
 from framework.trainer import Trainer
-from framework.types import Scene
+from framework.types import Scene, Scores
 from framework.weights import start_hash
 
 
@@ -66,6 +65,8 @@ def train(
     prompts_per_step: int = 6,
     updates_per_rollout: int = 1,
     micro_batch_size: int = 48,
+    groups_at_once: int | None = None,
+    branches_at_once: int | None = None,
     average_decay: float = 0.9,
     reference: ReferenceSchedule | None = None,
     replay_tolerance: float = 1e-3,
@@ -85,17 +86,23 @@ def train(
     behaviour_decay: how far the rollout policy lags behind. scenes: what RL trains on. evaluation: what judges it.
     prompts_per_step: groups P of a step, each of the exploration's group size.
     updates_per_rollout: optimiser steps on one rollout. micro_batch_size: clips per backward pass; changes no result.
+    groups_at_once: groups rolled out together, and scored while the next ones are; None: all, then scored.
+    branches_at_once: branches of a group rolled out together, None for all; fewer need less memory.
     average_decay: of the averaged weights that are evaluated and saved. reference: when the reference policy moves,
     None for never. replay_tolerance: relative; see `selfchecks`.
     threads: CPU threads, None for torch's choice. distribution: how the ranks work together that torchrun started, if
     it did. nonfinite: what NaN or infinity in a step leads to, None to stop. mirrors: where scalars are shown beside
-    metrics.jsonl and TensorBoard. dry_run: build everything, check it, train one step, write nothing.
+    metrics.jsonl and TensorBoard. dry_run: build everything, check it, train one step, write nothing; with device
+    "meta" no weights are read and no step is taken, and sizes, memory and files are told.
     """
     for name, value in (("max_steps", max_steps), ("updates_per_rollout", updates_per_rollout),
                         ("micro_batch_size", micro_batch_size), ("checkpoint_every", checkpoint_every),
                         ("keep_checkpoints", keep_checkpoints)):  # fmt: skip
         if value < 1:
             raise ValueError(f"train.{name} must be at least 1, got {value}")
+    for name, value in (("groups_at_once", groups_at_once), ("branches_at_once", branches_at_once)):
+        if value is not None and value < 1:
+            raise ValueError(f"train.{name} must be at least 1, or None for all, got {value}")
     world, distribution = current_world(), distribution or Distribution()
     world.check_text(operative_config, "the configuration")
     check_seed(seed, "train.seed")
@@ -106,11 +113,22 @@ def train(
     keep = check_recipe(exploration, surrogate, advantage, regularizer)
     reference = reference or Frozen()
     check_reference(reference, surrogate, regularizer)
+    if device != META:
+        check_available(reward, evaluation.reward)
     check_signals(regularizer, reward)
     check_updates(surrogate, updates_per_rollout, behaviour_decay, max_steps)
     train_scenes, judged = scenes.scenes(), evaluation.scenes.scenes()
     check_apart(train_scenes, judged)
     draw_scenes(train_scenes, 0, prompts_per_step, seed)
+    if device == META and dry_run:
+        parts = StepParts(
+            generator, exploration, surrogate, regularizer, train_scenes, keep, seed, prompts_per_step,
+            updates_per_rollout, micro_batch_size, groups_at_once, branches_at_once,
+        )  # fmt: skip
+        for line in plan_lines(parts, adaptation):
+            say(line)
+        say("dry run without weights: no self-check and no step, which need numbers; nothing written")
+        return None
     prepare(generator.network, device, threads)
     policies = Policies(generator, adaptation, behaviour_decay, average_decay, seed)
     world.check_equal(dict(generator.network.named_parameters()), "the start")
@@ -124,7 +142,7 @@ def train(
     trainer = Trainer(
         generator, exploration, surrogate, reward, advantage, regularizer, policies, optimizer, train_scenes, keep,
         seed, prompts_per_step, updates_per_rollout, micro_batch_size, reference, world, distribution.checksum_every,
-        nonfinite or Stop(),
+        nonfinite or Stop(), groups_at_once, branches_at_once,
     )  # fmt: skip
     for line in start_lines(trainer, replay_tolerance):
         say(line)
@@ -174,37 +192,42 @@ def check_apart(trained: Sequence[Scene], judged: Sequence[Scene]) -> None:
         )
 
 
+def check_available(*rewards: RewardModel) -> None:
+    """Raises ValueError for a reward that cannot score now, before anything is made for it to score."""
+    for reward in rewards:
+        if (reason := reward.unavailable()) is not None:
+            raise ValueError(f"{type(reward).__name__} cannot score: {reason}; start its service, or change REWARD")
+
+
+def check_settled(regularizer: Regularizer, judged: Scores) -> None:
+    """Raises ValueError where the regularizer reads a signal that the reward's failure policy keeps from learning."""
+    kept = sorted(regularizer.signals - set(judged.values))
+    if kept:
+        raise ValueError(
+            f"{type(regularizer).__name__} reads the reward signals {kept}, which a step does not learn from: "
+            f"failure.SkipComponent only shows its signals; take it away or use failure.Mask"
+        )
+
+
 def start_lines(trainer: Trainer, tolerance: float) -> list[str]:
     """What a run proves and says before it starts. Raises what the checks raise."""
     policies, generator = trainer.policies, trainer.generator
-    trained = sum(p.numel() for p in policies.parameters.values())
-    total = sum(p.numel() for p in generator.network.parameters())
     plans = trainer.exploration.plan(trainer.scenes[:1], [0], generator.recipe, Streams(trainer.seed).at("selfcheck"))
     check_routes(generator, plans[0], trainer.scenes)
     with policies.use(BEHAVIOUR):
-        tape = roll_out(generator, plans, trainer.exploration.kernel, trainer.keep)
-        visited = roll_out(generator, canonical(plans), trainer.exploration.kernel, frozenset({Predictions}))
+        kernel, at_once = trainer.exploration.kernel, trainer.branches_at_once
+        tape = roll_out(generator, plans, kernel, trainer.keep, at_once)
+        visited = roll_out(generator, canonical(plans), kernel, frozenset({Predictions}), at_once)
         replay = check_replay(generator, visited, tolerance, trainer.micro_batch_size)
     # what only a rollout can show to be wrong is better found now than after the first evaluation
-    trainer.advantage(trainer.reward.score(decode_tape(generator, tape)), tape.groups, tape.anchors)
+    judged = trainer.reward.settle(trainer.reward.score(decode_tape(generator, tape)), tape.groups)
+    check_settled(trainer.regularizer, judged)
+    trainer.advantage(judged, tape.groups, tape.anchors)
     for probes in trainer.surrogate.probes(tape, generator.recipe, Streams(trainer.seed).at("selfcheck")):
         list(probes.split(trainer.micro_batch_size))
     streams = Streams(trainer.seed).at("selfcheck")
     ratio = check_ratio(generator, trainer.surrogate, tape, streams, trainer.micro_batch_size)
-    parts = StepParts.of(trainer)
-    update, memory = update_shape(parts), estimate_step(parts, policies.adaptation)
-    kernel, schedule = trainer.exploration.kernel, generator.recipe.schedule
-    return [
-        f"trainable: {trained:,} of {total:,} parameters ({100 * trained / total:.1f} %), "
-        f"{trainer.policies.adaptation.describe(policies.parameters)}",
-        f"step: {GroupCount.of(plans[0]).arithmetic(trainer.prompts_per_step)}, "
-        f"micro-batches of up to {min(trainer.micro_batch_size, trainer.clips_per_step)}, "
-        f"{trainer.updates_per_rollout} update(s) per rollout",
-        f"update: {trainer.world.size} rank(s) × {update.arithmetic()}",
-        *trainer.world.describe(trainer.prompts_per_step),
-        f"sampler: σ {', '.join(f'{sigma:.4f}' for sigma in schedule.sigmas)}; "
-        f"std of its steps {', '.join(f'{kernel.std(*pair):.4f}' for pair in schedule.transitions)}",
-        f"memory: {'this generator does not tell its sizes' if memory is None else memory.summary()}",
-        replay,
-        *ratio,
-    ]
+    said = describe_step(
+        StepParts.of(trainer), policies.adaptation, policies.parameters, trainer.prompts_per_step, trainer.world
+    )
+    return [*said, replay, *ratio]

@@ -7,6 +7,7 @@ binding holds in its scope and all scopes inside, a macro ``%M`` is a scope ``M`
 
 import ast
 import difflib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -70,10 +71,14 @@ class Binding:
 
 @dataclass
 class Reached:
-    """What building a name uses. calls: per (scope, name) the binding of each bound parameter; used: all keys seen."""
+    """What building a name uses. calls: per (scope, name) the binding of each bound parameter; used: all keys seen.
+
+    built: the calls that are built, and not handed on for somebody to call with arguments of their own.
+    """
 
     calls: dict[tuple[str, str], dict[str, Key]] = field(default_factory=dict)
     used: set[Key] = field(default_factory=set)
+    built: set[tuple[str, str]] = field(default_factory=set)
     referrer: dict[tuple[str, str], Key] = field(default_factory=dict)
 
 
@@ -150,7 +155,7 @@ class Bindings:
 
         as_of: also follow values that were replaced only after binding number ``as_of`` was written.
         """
-        reached = Reached()
+        reached = Reached(built={("", root)})
 
         def visit(scope: str, name: str, path: tuple[tuple[str, str], ...]) -> None:
             call = (scope, name)
@@ -165,6 +170,8 @@ class Bindings:
                 replaced = [old for old, when in self._replaced.get(key, ()) if as_of is not None and when > as_of]
                 for reference in references([self.table[key].value, *replaced]):
                     inner = (reference.scope or scope, reference.name)
+                    if reference.called or name == SINGLETON:
+                        reached.built.add(inner)
                     reached.referrer.setdefault(inner, key)
                     visit(*inner, (*path, call))
 
@@ -187,7 +194,8 @@ class Bindings:
         for (scope, name), bound in reached.calls.items():
             part = self.part(name)
             missing = [p for p in part.parameters.values() if p.required and p.name not in bound]
-            if missing:
+            handed_on = (scope, name) not in reached.built and inspect.isroutine(part.target)
+            if missing and not handed_on:
                 at = f"{scope}/{name}" if name == SINGLETON else name
                 where = f"{self.table[reached.referrer[scope, name]].where}: " if name != root else ""
                 needed = ", ".join(f"{at}.{p.name} ({spell(p.annotation)})" for p in missing)

@@ -29,7 +29,10 @@ ROOTS = {
     "generate": "framework.commands.generate:generate",
     "pretrain": "framework.commands.pretrain:pretrain",
     "distill": "framework.commands.distill:distill",
+    "serve_rewards": "framework.commands.serve_rewards:serve_rewards",
+    "score": "framework.commands.score:score",
     "claims": "framework.commands.claims:claims",
+    "export": "framework.commands.export:export",
 }
 """The commands: keyword-only functions that a configuration is bound to."""
 

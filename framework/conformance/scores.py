@@ -12,7 +12,7 @@ from framework.types import Advantage, Scores, VideoBatch
 def check_reward(
     reward: RewardModel, videos: VideoBatch, unscorable: VideoBatch | None = None, tolerance: float = 1e-4
 ) -> None:
-    """Scores carry the declared signals, one per clip and the same in any batch; what failed is NaN, never 0.
+    """Scores carry the declared signals, one per clip and the same in any batch and order; what failed is NaN, never 0.
 
     videos: clips that can be scored. unscorable: clips that cannot be, e.g. of one frame. tolerance: between a score
     alone and in company. Raises Nonconforming.
@@ -39,6 +39,13 @@ def check_reward(
                 f"{name} gives clip {i} {signal}={left.tolist()} alone and {right.tolist()} among others; clips are "
                 f"compared by the advantage rule",
             )
+    turned = score(VideoBatch(videos.frames.flip(0), videos.fps, videos.windows[::-1]))
+    for signal in signals:
+        require(
+            near(turned.values[signal].flip(0), scores.values[signal], tolerance),
+            f"{name} gives other scores of {signal} when the clips come in another order",
+        )
+    _check_windows(name, scores, videos, tolerance)
     if unscorable is not None:
         failed = score(unscorable)
         _check_scores(name, failed, signals, len(unscorable))
@@ -58,6 +65,26 @@ def _check_scores(name: str, scores: Scores, signals: Sequence[str], clips: int)
         require(not value.requires_grad, f"{name}: {signal} carries a graph; score under torch.no_grad()")
         kept = value[~valid & ~torch.isnan(value)].tolist()
         require(not kept, f"{name}: {signal} is invalid and yet {kept}; a failed score is NaN")
+
+
+def _check_windows(name: str, scores: Scores, videos: VideoBatch, tolerance: float) -> None:
+    """Scores of windows, where there are any: a column for each, NaN where a clip has none; the value is their mean."""
+    most = max(len(windows) for windows in videos.windows)
+    lacking = torch.arange(most) >= torch.tensor([[len(windows)] for windows in videos.windows])
+    for signal, table in scores.windows.items():
+        require(
+            signal in scores.values and table.shape == (len(videos), most) and not table.requires_grad,
+            f"{name}: windows[{signal!r}] must be [{len(videos)}, {most}] without a graph, got {list(table.shape)}",
+        )
+        require(
+            bool(torch.isnan(table[lacking]).all()),
+            f"{name}: windows[{signal!r}] must be NaN where a clip has no such window",
+        )
+        valid = scores.valid[signal]
+        require(
+            near(table[valid].nanmean(1), scores.values[signal][valid], tolerance),
+            f"{name}: {signal} is not the mean of its windows",
+        )
 
 
 def check_advantage(rule: AdvantageRule, signals: Sequence[str] = ("reward",), anchored: bool = False) -> None:

@@ -100,6 +100,17 @@ def test_a_clip_that_the_ground_truth_cannot_score_is_invalid():
     check_reward(ShapesReward(), VIDEOS, unscorable=STILLS)
 
 
+def test_windows_of_a_reward_are_checked_clip_by_clip():
+    half = VIDEOS.frames.shape[1] // 2
+    both = [(Window(0, half, w[0].prompt), replace(w[0], start=half)) for w in VIDEOS.windows[1:]]
+    videos = replace(VIDEOS, windows=(VIDEOS.windows[0], *both))
+    check_reward(ShapesReward(), videos)
+    filled = bent(
+        ShapesReward, score=lambda v, score: replace(s := score(), windows={"VQ": s.windows["VQ"].nan_to_num(0)})
+    )
+    seen(lambda: check_reward(filled, videos), "Bent: windows['VQ'] must be NaN where a clip has no such window")
+
+
 @pytest.mark.parametrize(
     "rule", [GroupRelative(), GroupCentred(), PerRewardCentred(), PrimaryOnly("reward"), SumFirst(), RavenAdvantage()]
 )
@@ -379,9 +390,25 @@ def failed_as_zero(videos: VideoBatch, scores: Scores) -> Scores:
     )
 
 
+def turned_round(videos: VideoBatch, scores: Scores) -> Scores:
+    """Right for one clip and for clips in the order of `VIDEOS`, and the wrong way round otherwise."""
+    if torch.equal(videos.frames[-1:], VIDEOS.frames[:1]) and len(videos) > 1:
+        return Scores.of({name: value.flip(0) for name, value in scores.values.items()})
+    return scores
+
+
+def windowed(table: Callable[[Tensor], Tensor]) -> Any:
+    """A reward of one window per clip, whose scores a function makes of the clips' own."""
+    return scoring(lambda videos, s: replace(s, windows={"bright": table(s.values["bright"])}))
+
+
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
+        (scoring(turned_round), "Bent gives other scores of bright when the clips come in another order"),
+        (windowed(lambda x: x), "Bent: windows['bright'] must be [12, 1] without a graph, got [12]"),
+        (windowed(lambda x: x[:, None].clone().requires_grad_()), "Bent: windows['bright'] must be [12, 1] without"),
+        (windowed(lambda x: x[:, None] + 0.1), "Bent: bright is not the mean of its windows"),
         (scoring(lambda v, s: s, signals=("bright", "bright")), "Bent.signals must be distinct names"),
         (scoring(lambda v, s: s, signals=("bright",)), "Bent.signals=('bright',), but it scores ['bright', 'red']"),
         (scoring(lambda v, s: Scores.of({k: torch.rand(len(v)) for k in s.values})), "Bent.score draws from torch's"),
