@@ -5,7 +5,7 @@ numbers, one query frame at a time, visibility by the rule of the papers. Everyt
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,13 +94,15 @@ def dense_forward(
     relative: bool = False,
     detach_clean: bool = False,
     shown: frozenset[int] | None = None,
-    sight: Sequence[Sequence[int]] | None = None,
+    sight: Sequence[Sequence[int]] | Callable[[int], Sequence[Sequence[int]]] | None = None,
+    keys: list[Tensor] | None = None,
 ) -> Tensor:
     """Output [N, C, L, H, W] of one forward over L frames x [N, C, L, H, W] with timesteps [N, L] and text [N, T, D].
 
     detach_clean: keys and values of clean frames are constants for the noisy ones. shown: the ids of the clean frames
     that noisy ones see, in place of the sink and the window. sight: per frame, the places in the sequence that it sees,
-    in place of every rule. The text may also be one per frame, [N, L, T, D].
+    in place of every rule; a function where layers differ. keys: takes the un-rotated keys of each layer [N, L, S,
+    heads, d]. The text may also be one per frame, [N, L, T, D].
     """
 
     def visible(query: Frame, key: Frame) -> bool:
@@ -134,12 +136,15 @@ def dense_forward(
         q, k, v = (linear(y, f"{name}.attn1.to_{letter}") for letter in "qkv")
         q, k = rms(q, weights[f"{name}.attn1.norm_q.weight"]), rms(k, weights[f"{name}.attn1.norm_k.weight"])
         q, k, v = (part.unflatten(-1, (heads, -1)) for part in (q, k, v))
+        if keys is not None:
+            keys.append(k)
+        here = sight(layer) if callable(sight) else sight
         rows = []
         for i, query in enumerate(frames):
-            keys = [j for j, key in enumerate(frames) if visible(query, key)] if sight is None else list(sight[i])
-            seen = [frames[j] for j in keys]
+            places = [j for j, key in enumerate(frames) if visible(query, key)] if here is None else list(here[i])
+            seen = [frames[j] for j in places]
             k_i, v_i = [], []
-            for j in keys:
+            for j in places:
                 cut = detach_clean and frames[j].clean and not query.clean
                 k_j, v_j = (k[:, j].detach(), v[:, j].detach()) if cut else (k[:, j], v[:, j])
                 k_i.append(turn(k_j, position(query, frames[j], seen, relative), grid))

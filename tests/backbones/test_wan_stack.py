@@ -29,10 +29,12 @@ from framework.memory_estimate import NetworkDimensions
 from framework.rollout import roll_out
 from framework.weights import read_tensors, save_tensors
 from tests.backbones.tiny_stack import (  # noqa: F401
+    MIDDLE,
     NETWORK,
     PAPERS,
     lora_lines,
     released_state,
+    save_released,
     saved_stack,
     seeded,
     stack_lines,
@@ -104,6 +106,24 @@ def test_a_paper_trains_on_the_whole_stack_and_resumes_exactly(config: str, stac
     save_tensors(whole / "adapter" / "adapter_model.safetensors", damaged)
     with pytest.raises(AssertionError):  # planted: the last bits of some weights
         check_same_run(tmp_path / "cut", whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", PAPERS)
+def test_a_paper_takes_its_step_on_a_mid_size_network(
+    config: str, stack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Heads of 128 as in the real ones, latents of 16×16: through the same files and the same code."""
+    copy = tmp_path / "stack"
+    shutil.copytree(stack, copy)
+    network = tiny_network(MIDDLE)
+    save_released(copy, network)
+    sizes = (f"wan.WanRecipe.network = {MIDDLE}", "wan.WanRecipe.latent = (16, 16, 16)")
+    assert train(**(of_paper(config, copy, tmp_path, *sizes)() | {"dry_run": True})) is None
+    said = capsys.readouterr().out
+    assert "one step done, nothing written" in said
+    total = sum(p.numel() for p in network.parameters())
+    assert total > 3_000_000 and f"of {total + 2 * 3 * (8 * 2 * 256 + 2 * (256 + 1024)):,} parameters" in said
 
 
 def test_a_paper_trains_on_released_precisions_too(

@@ -3,7 +3,7 @@
 Everything is random and saved once; tests load it through the code that loads the real ones.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -83,8 +83,12 @@ PAPERS = {
 """A paper's method and the released generator that the tests align with it."""
 
 
-def tiny_network() -> CausalWanTransformer3DModel:
-    return seeded(3, lambda: CausalWanTransformer3DModel(**NETWORK))  # pyright: ignore[reportReturnType]
+MIDDLE = NETWORK | {"attention_head_dim": 128, "ffn_dim": 1024, "num_layers": 3, "freq_dim": 256}
+"""The head size, time embedding and proportions of the 1.3B network, 256 wide."""
+
+
+def tiny_network(sizes: Mapping[str, Any] = NETWORK) -> CausalWanTransformer3DModel:
+    return seeded(3, lambda: CausalWanTransformer3DModel(**sizes))  # pyright: ignore[reportReturnType]
 
 
 def released_state(network: nn.Module) -> dict[str, Tensor]:
@@ -110,13 +114,17 @@ def save_stack(folder: Path) -> Path:
     """Text encoder, tokenizer, autoencoder, and the network in the files that `PAPERS` name."""
     save_text(folder)
     save_vae(folder)
-    network = tiny_network()
+    save_released(folder, tiny_network())
+    return folder
+
+
+def save_released(folder: Path, network: nn.Module) -> None:
+    """A network in the files that `PAPERS` name, in the place of those that are there."""
     state = released_state(network)
     torch.save({"generator_ema": state, "critic": {"head.bias": torch.zeros(1)}}, folder / "self_forcing_dmd.pt")
     torch.save({"generator": state}, folder / "longlive_base.pt")
     torch.save({"generator_lora": released_lora(network)}, folder / "lora.pt")
     torch.save(state, folder / "raven_model.pt")
-    return folder
 
 
 @pytest.fixture(scope="session", name="stack")
