@@ -1,7 +1,7 @@
 """Bookkeeping of a training step: wall-clock laps, and metrics under their public tags."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -53,11 +53,12 @@ class Stopwatch:
 def collect_metrics(
     update: Mapping[str, Tensor | float],
     scores: Scores,
+    learned: Collection[str],
     advantage: Advantage,
     active: int,
     laps: Mapping[str, float],
 ) -> Scalars:
-    """The metrics of one step under their public tags."""
+    """The metrics of one step under their public tags. learned: the signals of ``reward/total``."""
     metrics: Scalars = {f"train/{name}": value for name, value in update.items()}
     metrics |= {f"train/{name}": value for name, value in advantage.metrics.items()}
     metrics["train/active_clips"] = active
@@ -66,7 +67,8 @@ def collect_metrics(
     for name, valid in scored.items():
         metrics[f"reward/{name}/mean"] = valid.mean()
         metrics[f"reward/{name}/std"] = valid.std(correction=0)
-        total = total + valid.mean() / len(scored)
+        if name in learned:
+            total = total + valid.mean() / len(scored.keys() & set(learned))
     metrics["reward/total"] = total
     return metrics | {f"time/{name}": value for name, value in laps.items()}
 

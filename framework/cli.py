@@ -59,7 +59,10 @@ FLAGS: dict[str, dict] = {
     "max_steps": {"metavar": "N", "type": int, "help": "stop after so many steps"},
     "seed": {"metavar": "N", "type": int, "help": "seed of everything random"},
     "device": {"metavar": "NAME", "help": "torch device, e.g. cpu or cuda"},
-    "dry_run": {"action": "store_true", "help": "build and check everything, train one step, write nothing"},
+    "dry_run": {
+        "action": "store_true",
+        "help": "build and check everything, train one step, write nothing; --device meta: sizes alone",
+    },
     "resume": {
         "nargs": "?",
         "const": "auto",
@@ -71,7 +74,7 @@ FLAGS: dict[str, dict] = {
     "merged": {"action": "store_true", "help": "also write the whole transformer with the adapter in its weights"},
     "adapter": {"metavar": "FOLDER", "help": "training run, its adapter, or exported LoRA weights to generate with"},
     "vbench": {"action": "store_true", "help": "also write all clips under the names that VBench's evaluator reads"},
-    "prompts": {"metavar": "TEXT", "action": "append", "help": "what to show (repeatable)"},
+    "prompts": {"metavar": "TEXT", "action": "append", "help": "what a video shows (repeatable)"},
     "prompt_file": {"metavar": "FILE", "help": "prompts or scenes, one a line (.txt, .jsonl) or row (.csv)"},
     "image": {"metavar": "FILE", "help": "picture or mp4 that the video goes on from"},
     "interactive": {"action": "store_true", "help": "read the next prompt from standard input while streaming"},

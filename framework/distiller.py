@@ -25,7 +25,8 @@ from framework.distillation import (
     roll_out_student,
     visited_probes,
 )
-from framework.interfaces import DistributionGradient, ScoreLevels, StreamingGenerator, StudentHistory
+from framework.distillation_interfaces import DistributionGradient, ScoreLevels, StudentHistory
+from framework.interfaces import StreamingGenerator
 from framework.optimization import AdamW
 from framework.rng import Streams
 from framework.types import Probes

@@ -135,18 +135,20 @@ class World:
         return torch.cat(parts)[:count] if parts is not None else None
 
     def gather_scores(self, scores: Scores, count: int) -> Scores:
-        """The scores of all clips of the step, from those of every rank's share."""
+        """The scores of all clips of the step, from those of every rank's share; signals in one order on all ranks."""
         if self.size == 1:
             return scores
+        # of one kind on all ranks: what stands for a failed reward knows neither its device nor its dtype
+        values = {name: value.to("cpu", torch.float32) for name, value in scores.values.items()}
         windows: dict[str, Tensor] = {}
-        for name, value in scores.values.items():
+        for name, value in values.items():
             # a rank whose reward failed has no windows, and still has to take part
-            own = scores.windows.get(name, value.new_empty(len(value), 0))
+            own = scores.windows.get(name, value.new_empty(len(value), 0)).to(value)
             if width := self.most(own.shape[1]):
                 windows[name] = self.gather(widened(own, width), count)
         return Scores(
-            {name: self.gather(value, count) for name, value in scores.values.items()},
-            {name: self.gather(valid.to(torch.uint8), count).bool() for name, valid in scores.valid.items()},
+            {name: self.gather(value, count) for name, value in values.items()},
+            {name: self.gather(scores.valid[name].to("cpu", torch.uint8), count).bool() for name in values},
             windows,
         )
 

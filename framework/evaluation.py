@@ -156,7 +156,8 @@ def evaluate_policy(
     world = world or World()
     own = world.own(scenes)
     plans = evaluation_plans(own, members, seed, blocks, first_block)
-    per_batch = max(1, clips_per_batch // members) * (len(plans) // len(own))
+    groups = len(plans) // len(own)  # of a scene
+    per_batch = clips_per_batch // members * groups or min(clips_per_batch, groups)
     batches: list[Scores] = []
     shown: list[VideoBatch] = []
     for first in progress(range(0, len(plans), per_batch), description):
@@ -166,7 +167,9 @@ def evaluate_policy(
         batches.append(reward.score(videos))
         if watch is not None:
             watch(first * len(plans[0].branches), videos, batches[-1])
-        shown.append(VideoBatch(videos.frames[::members].cpu().clone(), videos.fps, videos.windows[::members]))
+        rows = slice(-first * len(plans[0].branches) % members, None, members)  # of the first members
+        if len(videos.frames[rows]):
+            shown.append(VideoBatch(videos.frames[rows].cpu().clone(), videos.fps, videos.windows[rows]))
     scores = {
         name: torch.cat([torch.where(s.valid[name], s.values[name], torch.nan) for s in batches]).view(-1, members)
         for name in reward.signals

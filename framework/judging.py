@@ -28,6 +28,13 @@ from framework.rollout import device_of, roll_out
 from framework.types import GroupPlan, Scores, Tape, VideoBatch
 
 
+def check_available(*rewards: RewardModel) -> None:
+    """Raises ValueError for a reward that cannot score now, before anything is made for it to score."""
+    for reward in rewards:
+        if (reason := reward.unavailable()) is not None:
+            raise ValueError(f"{type(reward).__name__} cannot score: {reason}; start its service, or change REWARD")
+
+
 class Judging:
     """The rollout and the scores of one step. groups_at_once: see above, None for all groups and no thread.
     branches_at_once: as `rollout.roll_out` takes it.
@@ -81,13 +88,25 @@ class Judging:
             return joined_scores([part.result() for part in self._pending])
         if self._tape is None:
             raise RuntimeError("Judging.scores is asked before Judging.roll_out")
-        return self.reward.score(decode_tape(self.generator, self._tape))
+        return scored(self.reward, decode_tape(self.generator, self._tape))
 
     def _score(self, videos: VideoBatch) -> Scores:
         started = time.perf_counter()
-        scores = self.reward.score(videos)
+        scores = scored(self.reward, videos)
         self.laps["scoring_s"] += time.perf_counter() - started
         return scores
+
+
+def scored(reward: RewardModel, videos: VideoBatch) -> Scores:
+    """The scores of some clips, their signals in the order in which the reward names them: ranks exchange them in it,
+    and one whose reward fails has no other. Raises ValueError for other signals than it names."""
+    scores = reward.score(videos)
+    if set(scores.values) != set(reward.signals):
+        raise ValueError(
+            f"{type(reward).__name__} gives scores of {sorted(scores.values)}, its signals are {sorted(reward.signals)}"
+        )
+    values, valid = ({name: part[name] for name in reward.signals} for part in (scores.values, scores.valid))
+    return Scores(values, valid, scores.windows)
 
 
 def use_device(device: torch.device) -> None:

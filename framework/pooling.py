@@ -70,7 +70,8 @@ class MeanFrames(FramePooling):
 
 @dataclass(frozen=True)
 class TopFrames(FramePooling):
-    """The mean of the best frames, as Astrolabe pools HPSv3. fraction: share of the frames."""
+    """The mean of the best frames, as Astrolabe pools HPSv3; NaN where any frame has no score, also one of −∞, which no
+    best frame would show. fraction: share of the frames."""
 
     fraction: float = 0.3
 
@@ -78,7 +79,7 @@ class TopFrames(FramePooling):
         _check_share("TopFrames.fraction", self.fraction)
 
     def __call__(self, values: Tensor, fps: float) -> Tensor:
-        return highest_mean(values, self.fraction)
+        return highest_mean(values.where(torch.isfinite(values), torch.nan), self.fraction)
 
 
 @dataclass(frozen=True)

@@ -136,11 +136,11 @@ def roll_out(
         rows = [branch for plan in plans for branch in plan.branches[part]]
         noise = draw_noise([row.noise_seed for row in rows], shape, device_of(generator))
         routes = [row.route for row in rows]
-        # nobody here keeps the forked stream: what its first block saw would live as long as the rollout
-        forked = (generator, generator.fork(trunk, len(rows) // len(plans)))
+        routed, copies = routes if any(routes) else (), len(rows) // len(plans)
         return [
             trace if path_asked else BlockTrace((trace.x0,), ())
-            for trace in generate_blocks(*forked, noise, kernel, routes if any(routes) else (), scenes)
+            # nobody here keeps the forked stream: what its first block saw would live as long as the rollout
+            for trace in generate_blocks(generator, generator.fork(trunk, copies), noise, kernel, routed, scenes)
         ]
 
     size = branches if branches_at_once is None else min(branches_at_once, branches)

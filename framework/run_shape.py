@@ -16,7 +16,7 @@ from framework.records import Displacements, OnPolicyTransitions, Record
 from framework.rng import Streams
 from framework.rollout import blank_tape, noise_count, resident_frames
 from framework.trainer import Trainer
-from framework.types import Scene
+from framework.types import GroupPlan, Scene
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,12 @@ class StepParts:
         """Those of one rank of a trainer."""
         parts = cls(**{field.name: getattr(trainer, field.name) for field in fields(cls)})
         return replace(parts, prompts_per_step=-(-trainer.prompts_per_step // trainer.world.size))
+
+    def first_plan(self) -> GroupPlan:
+        """The plan of the first prompt. Raises ValueError where none can be made of it."""
+        streams = Streams(self.seed).at("selfcheck")
+        (plan,) = self.exploration.plan(self.scenes[:1], [0], self.generator.recipe, streams)
+        return plan
 
 
 def rollout_shape(parts: StepParts) -> RolloutShape:
@@ -116,7 +122,7 @@ def describe_step(
     parts: of one rank. prompts: of all ranks.
     """
     recipe, kernel = parts.generator.recipe, parts.exploration.kernel
-    (plan,) = parts.exploration.plan(parts.scenes[:1], [0], recipe, Streams(parts.seed).at("selfcheck"))
+    plan = parts.first_plan()
     count, update, memory = GroupCount.of(plan), update_shape(parts), estimate_step(parts, adaptation)
     numbers = sum(p.numel() for p in trained.values())
     total = sum(p.numel() for p in parts.generator.network.parameters())

@@ -4,8 +4,10 @@ Apart from `framework.checkpoint` because importing it costs a second and most r
 files are used, not its default ones, which it unpickles.
 """
 
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, zeros
 
@@ -39,8 +43,9 @@ def joined(parts: Any) -> dict[str, DTensor]:
 
 
 def write_sharded(folder: Path, tensors: Mapping[str, DTensor]) -> None:
-    """Every rank writes what it holds, into files of its own."""
-    checkpoint.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    """Every rank writes what it holds, into files of its own. Raises OSError on all ranks where one cannot."""
+    with one_error(OSError, f"{folder} cannot be written"):
+        checkpoint.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
 
 
 def restored(state: Any, folder: Path, mesh: DeviceMesh | None) -> Any:
@@ -59,10 +64,34 @@ def restored(state: Any, folder: Path, mesh: DeviceMesh | None) -> Any:
 
     filled = replaced(state, blank)
     if empty:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*no process group.*")
-            checkpoint.load(dict(empty), storage_reader=HuggingFaceStorageReader(str(folder)))
+        reader = HuggingFaceStorageReader(str(folder))
+        check_whole(empty, reader, folder)
+        with warnings.catch_warnings(), one_error(ValueError, f"{folder} cannot be read"):
+            warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process.*")
+            checkpoint.load(dict(empty), storage_reader=reader)
     return filled if mesh is None else spread(filled, mesh)
+
+
+def check_whole(tensors: Mapping[str, Tensor], reader: HuggingFaceStorageReader, folder: Path) -> None:
+    """Raises ValueError where the files do not hold all of each tensor; what they lack would stay zero."""
+    known = reader.read_metadata().state_dict_metadata
+    for name, tensor in tensors.items():
+        found = known.get(name)
+        parts = [tuple(chunk.sizes) for chunk in found.chunks] if isinstance(found, TensorStorageMetadata) else []
+        there, size = sum(map(math.prod, parts)), tensor.numel()
+        if there != size:
+            raise ValueError(f"{folder} holds {there:,} of the {size:,} numbers of {name}; a shard file is missing")
+
+
+@contextmanager
+def one_error(kind: type[Exception], what: str) -> Iterator[None]:
+    """What torch.distributed.checkpoint raises for all ranks, which is no Exception, as one line of another kind."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (reason, _) = next(iter(error.failures.items()))
+        said = (str(reason).splitlines() or [type(reason).__name__])[0]
+        raise kind(f"{what}: rank {rank}: {said}") from error
 
 
 def replaced(state: Any, blank: Any) -> Any:

@@ -33,7 +33,7 @@ from framework.records import Endpoints, Record
 from framework.reference import Frozen, ReferenceSchedule, advance_reference, shift_metrics
 from framework.rng import Streams
 from framework.rollout import check_windows, device_of
-from framework.types import Loss, Objective, Scene, Statistics, Tape
+from framework.types import GroupPlan, Loss, Objective, Scene, Statistics, Tape
 
 COUNTS = ("steps_done", "updates_done", "samples_seen")
 STATEFUL = ("policies", "torch_optimizer", "regularizer", "reference", "reward", "advantage", "nonfinite")
@@ -84,6 +84,13 @@ class Trainer:
         (plan,) = self.exploration.plan(self.scenes[:1], [0], self.generator.recipe, streams)
         return self.prompts_per_step * GroupCount.of(plan).clips
 
+    def plans_at(self, step: int) -> tuple[GroupPlan, ...]:
+        """What a step rolls out, of all ranks together. Raises what `check_windows` raises."""
+        scenes, groups = draw_scenes(self.scenes, step, self.prompts_per_step, self.seed)
+        plans = self.exploration.plan(scenes, groups, self.generator.recipe, Streams(self.seed).at("step", step))
+        check_windows(plans, self.generator.recipe)
+        return tuple(plans)
+
     def step(self) -> Scalars:
         """One step of training, or none where something in it is not finite and ``nonfinite`` lets the run go on."""
         try:
@@ -103,9 +110,7 @@ class Trainer:
         clock, recipe = Stopwatch(), self.generator.recipe
 
         # Explore: how do the branches of each group differ?
-        scenes, groups = draw_scenes(self.scenes, self.steps_done, self.prompts_per_step, self.seed)
-        plans = self.exploration.plan(scenes, groups, recipe, streams)
-        check_windows(plans, recipe)
+        plans = self.plans_at(self.steps_done)
         share, whole = self.world.share(plans), Tape(plans, {})
         with Judging(self.generator, self.reward, self.groups_at_once, self.branches_at_once) as judging:
             with self.policies.use(BEHAVIOUR):
@@ -156,8 +161,8 @@ class Trainer:
         self.samples_seen += len(whole.groups)
         if self.checksum_every and self.steps_done % self.checksum_every == 0:
             self.world.check_equal(self.policies.tensors(), f"step {self.steps_done}")
-        laps = clock.laps | judging.laps
-        return {**collect_metrics(metrics, scores, advantage, active, laps), **self.reward.metrics()}
+        measured = collect_metrics(metrics, scores, judged.values, advantage, active, clock.laps | judging.laps)
+        return {**measured, **self.reward.metrics()}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on beside the parts' parameters and the frozen weights."""

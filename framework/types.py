@@ -7,6 +7,7 @@ Shapes: P prompts (groups), B branches a group, N = P·B clips in group order, F
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -182,6 +183,8 @@ class VideoBatch:
             raise ValueError(
                 f"VideoBatch.frames must be uint8 [N, T, 3, H, W], got {self.frames.dtype} {tuple(self.frames.shape)}"
             )
+        if not 0 < self.fps < math.inf:
+            raise ValueError(f"VideoBatch.fps must be positive and finite, got {self.fps}; scores depend on true time")
         if len(self.windows) != len(self.frames) or not all(self.windows):
             raise ValueError("VideoBatch.windows needs at least one window for each clip")
         for window in {window for windows in self.windows for window in windows}:

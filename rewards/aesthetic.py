@@ -16,14 +16,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from framework.interfaces import RewardModel
 from framework.pooling import FramePooling, MeanFrames
-from framework.types import Scores, VideoBatch
 from framework.weights import check_tensors
 from rewards.encoders import ClipEncoder, check_choice
 from rewards.frame_sampling import FrameSampling, StratifiedFrames
 from rewards.weight_files import read_weights
-from rewards.windows import score_windows, take_frames
+from rewards.windows import WindowReward, take_frames
 
 
 class AestheticHead(nn.Module):
@@ -61,7 +59,7 @@ def load_head(file: str, kind: Literal["linear", "mlp"], width: int = 768) -> Ae
 
 
 @dataclass(frozen=True)
-class AestheticScore(RewardModel):
+class AestheticScore(WindowReward):
     """Mean aesthetic score of some frames, ``scale`` times the head's number. encoder: CLIP ViT-L/14."""
 
     encoder: ClipEncoder
@@ -77,14 +75,6 @@ class AestheticScore(RewardModel):
                 f"the aesthetic head reads features of {self.head.width} numbers and the encoder gives "
                 f"{self.encoder.width}; LAION's heads belong to CLIP ViT-L/14, which gives 768"
             )
-
-    @property
-    def signals(self) -> tuple[str, ...]:
-        return (self.name,)
-
-    @torch.no_grad()
-    def score(self, videos: VideoBatch) -> Scores:
-        return score_windows(videos, self.signals, self._score_spans)
 
     def _score_spans(self, clips: Tensor, prompts: Sequence[str], fps: float) -> Tensor:
         shown = take_frames(self.frames, clips, prompts, fps)

@@ -12,6 +12,7 @@ from framework.interfaces import RewardModel
 from framework.serving.protocol import clip_names
 from framework.types import Scores, VideoBatch
 from rewards.composite import refuse_policy
+from rewards.wrapped import WrappedReward
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Known:
     windows: Mapping[str, Tensor]
 
 
-class CachedReward(RewardModel):
+class CachedReward(WrappedReward):
     """Scores of another reward, remembered by the content of the clips: pixels, frame rate, windows and prompts.
 
     entries: clips that are remembered; those asked for least recently are forgotten. Only scores that are valid in
@@ -38,10 +39,6 @@ class CachedReward(RewardModel):
         self.hits = self.misses = 0
         self._known: OrderedDict[str, Known] = OrderedDict()
         self._lock = threading.Lock()
-
-    @property
-    def signals(self) -> tuple[str, ...]:
-        return self.model.signals
 
     def score(self, videos: VideoBatch) -> Scores:
         names = clip_names(videos, "")
@@ -65,18 +62,6 @@ class CachedReward(RewardModel):
         self._known.move_to_end(name)
         if len(self._known) > self.entries:
             self._known.popitem(last=False)
-
-    def unavailable(self) -> str | None:
-        return self.model.unavailable()
-
-    def metrics(self) -> Mapping[str, float]:
-        return self.model.metrics()
-
-    def state_dict(self) -> dict:
-        return self.model.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict(state)
 
 
 def rows_of_videos(videos: VideoBatch, rows: list[int]) -> VideoBatch:

@@ -9,33 +9,22 @@ not see motion at all.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
-from framework.interfaces import RewardModel
 from framework.pooling import FramePooling, MeanFrames
-from framework.types import Scores, VideoBatch
 from rewards.encoders import ClipEncoder
 from rewards.frame_sampling import FrameSampling, StratifiedFrames
-from rewards.windows import score_windows, take_frames
+from rewards.windows import WindowReward, take_frames
 
 
 @dataclass(frozen=True)
-class ClipScore(RewardModel):
+class ClipScore(WindowReward):
     """Cosine of frames and prompt, window by window. frames: which are looked at. pooling: how they become one."""
 
     encoder: ClipEncoder
     frames: FrameSampling = field(default_factory=StratifiedFrames)
     pooling: FramePooling = field(default_factory=MeanFrames)
     name: str = "CLIP"
-
-    @property
-    def signals(self) -> tuple[str, ...]:
-        return (self.name,)
-
-    @torch.no_grad()
-    def score(self, videos: VideoBatch) -> Scores:
-        return score_windows(videos, self.signals, self._score_spans)
 
     def _score_spans(self, clips: Tensor, prompts: Sequence[str], fps: float) -> Tensor:
         shown = take_frames(self.frames, clips, prompts, fps)

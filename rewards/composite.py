@@ -11,6 +11,7 @@ from torch import Tensor
 from framework.interfaces import RewardModel
 from framework.types import Scores, VideoBatch
 from rewards.failure import only
+from rewards.wrapped import WrappedReward
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class CompositeReward(RewardModel):
 
 
 @dataclass(frozen=True)
-class WeightedReward(RewardModel):
+class WeightedReward(WrappedReward):
     """One signal Σ_k w_k r_k / Σ_k |w_k| of another model's raw scores; invalid where any of them is."""
 
     model: RewardModel
@@ -82,18 +83,6 @@ class WeightedReward(RewardModel):
         value = torch.stack([w * raw.values[name] for name, w in self.weights.items()]).sum(0) / scale
         valid = torch.stack([raw.valid[name] for name in self.weights]).all(0)
         return Scores({self.name: value}, {self.name: valid})
-
-    def unavailable(self) -> str | None:
-        return self.model.unavailable()
-
-    def metrics(self) -> Mapping[str, float]:
-        return self.model.metrics()
-
-    def state_dict(self) -> dict:
-        return self.model.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict(state)
 
 
 def refuse_policy(model: RewardModel, wrapper: str) -> None:

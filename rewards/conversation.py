@@ -1,6 +1,7 @@
 """From a user's prompt and a grid of patches to the row of tokens that a scorer reads."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,8 @@ class Conversation:
     """A verified template with the tokenizer that turns it into ids.
 
     text: of the template, as `rewards.prompts.read_template` gives it. tokenizer: of transformers; its special tokens
-    must have the ids of ``tokens``, which the network was trained with.
+    must have the ids of ``tokens``, which the network was trained with. Raises ValueError for another text than the
+    pinned one, and for other ids.
     """
 
     template: Template
@@ -23,6 +25,7 @@ class Conversation:
     tokens: RewardTokens
 
     def __post_init__(self) -> None:
+        self.template.check(self.text.encode(), "that was given")
         wanted = dict(zip(self.template.rewards, self.tokens.rewards, strict=True))
         wanted[self.template.vision] = self.tokens.vision
         for spelled, token in wanted.items():
@@ -44,6 +47,15 @@ class Conversation:
         ids = self.tokenizer(render(self.template, self.text, prompt), add_special_tokens=False)["input_ids"]
         at = list(ids).index(self.tokens.vision)
         return [*ids[:at], *[self.tokens.vision] * token_count(grid), *ids[at + 1 :]]
+
+    def details(self) -> Mapping[str, str]:
+        """What rows are made of, to be recorded with the scores."""
+        words = self.tokenizer.backend_tokenizer.to_str()
+        return {
+            "template_sha256": self.template.sha256,
+            "tokenizer_sha256": hashlib.sha256(words.encode()).hexdigest(),
+            "tokens": repr(self.tokens),
+        }
 
     def rows(self, prompts: Sequence[str], grid: tuple[int, int, int]) -> list[list[int]]:
         """`row` of several prompts; equal ones are read once."""

@@ -16,11 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from framework.interfaces import RewardModel
-from framework.types import Scores, VideoBatch
 from rewards.encoders import check_choice
 from rewards.optical_flow import FlowEstimator
-from rewards.windows import score_windows
+from rewards.windows import WindowReward
 
 TOP_SHARE = 0.05
 EIGHTHS = 8
@@ -39,14 +37,18 @@ def top_motion(flow: Tensor, share: float = TOP_SHARE) -> Tensor:
 
 
 def enough_motion(motion: Tensor, height: int, width: int) -> Tensor:
-    """VBench's flag, float [n], of the motion [n, P] of P pairs of P + 1 frames looked at."""
+    """VBench's flag, float [n], of the motion [n, P] of P pairs of P + 1 frames looked at.
+
+    NaN where a pair's motion is no number: compared with a threshold it would count as none.
+    """
     threshold = 6 * min(height, width) / 256
     wanted = round(4 * (motion.shape[1] + 1) / 16)
-    return ((motion > threshold).sum(1) >= wanted).float()
+    flags = ((motion > threshold).sum(1) >= wanted).float()
+    return flags.where(torch.isfinite(motion).all(1), torch.nan)
 
 
 @dataclass(frozen=True)
-class DynamicDegree(RewardModel):
+class DynamicDegree(WindowReward):
     """Mean motion in pixels ("mean") or VBench's flag ("flag"). A window of one frame looked at cannot be scored."""
 
     estimator: FlowEstimator
@@ -55,14 +57,6 @@ class DynamicDegree(RewardModel):
 
     def __post_init__(self) -> None:
         check_choice("DynamicDegree.rule", self.rule, ("mean", "flag"))
-
-    @property
-    def signals(self) -> tuple[str, ...]:
-        return (self.name,)
-
-    @torch.no_grad()
-    def score(self, videos: VideoBatch) -> Scores:
-        return score_windows(videos, self.signals, self._score_spans)
 
     def _score_spans(self, clips: Tensor, prompts: Sequence[str], fps: float) -> Tensor:
         shown = clips[:, :: frame_step(fps)]

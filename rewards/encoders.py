@@ -99,11 +99,15 @@ class ClipEncoder(ImageEncoder):
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """float32 [n, D] of length 1, on the CPU. Raises ValueError for a prompt that is too long, if told to."""
+        """float32 [n, D] of length 1, on the CPU. Raises ValueError for a prompt with a special token, and for
+        one that is too long, if told to."""
         limit = self.model.config.text_config.max_position_embeddings
         device = next(self.model.parameters()).device
         parts = []
         for text in texts:  # one at a time: prompts are few, and the padding of others changes rounding
+            inside = [token for token in self.tokenizer.all_special_tokens if token.lower() in text.lower()]
+            if inside:  # a text is read off at its first end token: what follows it would not count
+                raise ValueError(f"the prompt {text[:60]!r} contains the special token {inside[0]}, which it must not")
             tokens = self.tokenizer([text], return_tensors="pt", verbose=False)
             ids, mask = tokens["input_ids"], tokens["attention_mask"]
             if ids.shape[1] > limit:

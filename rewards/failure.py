@@ -18,24 +18,21 @@ from framework.advantages import group_mean
 from framework.interfaces import RewardFailed, RewardModel
 from framework.reporting.progress import say
 from framework.types import Scores, VideoBatch
+from rewards.wrapped import WrappedReward
 
 
 @dataclass(frozen=True)
-class Raise(RewardModel):
+class Raise(WrappedReward):
     """One clip without a score ends the run, on all ranks at the same step."""
 
     model: RewardModel
-
-    @property
-    def signals(self) -> tuple[str, ...]:
-        return self.model.signals
 
     def score(self, videos: VideoBatch) -> Scores:
         return self.model.score(videos)
 
     def settle(self, scores: Scores, groups: Tensor) -> Scores:
         scores = self.model.settle(scores, groups)
-        for name in self.signals:
+        for name in learned(scores, self.signals):
             failed = (~scores.valid[name]).nonzero().flatten().tolist()
             if failed:
                 raise RewardFailed(
@@ -44,21 +41,9 @@ class Raise(RewardModel):
                 )
         return scores
 
-    def unavailable(self) -> str | None:
-        return self.model.unavailable()
-
-    def metrics(self) -> Mapping[str, float]:
-        return self.model.metrics()
-
-    def state_dict(self) -> dict:
-        return self.model.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict(state)
-
 
 @dataclass
-class Mask(RewardModel):
+class Mask(WrappedReward):
     """A clip without a score leaves its group, a group that lost too many clips leaves the step, and a run that keeps
     losing clips ends.
 
@@ -85,10 +70,6 @@ class Mask(RewardModel):
                 f"Mask.min_clips and patience must be at least 1, got {self.min_clips} and {self.patience}"
             )
 
-    @property
-    def signals(self) -> tuple[str, ...]:
-        return self.model.signals
-
     def score(self, videos: VideoBatch) -> Scores:
         try:
             return self.model.score(videos)
@@ -99,16 +80,17 @@ class Mask(RewardModel):
 
     def settle(self, scores: Scores, groups: Tensor) -> Scores:
         scores = self.model.settle(scores, groups)
-        valid = torch.stack([scores.valid[name] for name in self.signals]).all(0)
+        names = learned(scores, self.signals)
+        valid = torch.stack([torch.ones(len(groups), dtype=torch.bool), *(scores.valid[name] for name in names)]).all(0)
         share = float((~valid).double().mean())
-        self.failed = {name: float((~scores.valid[name]).double().mean()) for name in self.signals}
+        self.failed = {name: float((~scores.valid[name]).double().mean()) for name in names}
         self.in_a_row = self.in_a_row + 1 if share > self.limit else 0
         if self.in_a_row >= self.patience:
             raise RewardFailed(
                 f"{', '.join(self.signals)}: {share:.0%} of the clips have no score, {self.in_a_row} steps in a row "
                 f"above Mask.limit={self.limit:g}{'; the last reason: ' if self.reason else ''}{self.reason}"
             )
-        return dropped(scores, self.signals, valid & ~self._depleted(valid, groups))
+        return dropped(scores, names, valid & ~self._depleted(valid, groups))
 
     def _depleted(self, valid: Tensor, groups: Tensor) -> Tensor:
         """Clips of groups in which something failed and too little is left, bool [N]."""
@@ -116,9 +98,6 @@ class Mask(RewardModel):
         size = (groups[:, None] == groups).sum(1)
         count = (left * size).round()
         return (left < 1) & ((left < self.min_share) | (count < self.min_clips))
-
-    def unavailable(self) -> str | None:
-        return self.model.unavailable()
 
     def metrics(self) -> Mapping[str, float]:
         shares = {f"reward/{name}/invalid": share for name, share in self.failed.items()}
@@ -133,7 +112,7 @@ class Mask(RewardModel):
 
 
 @dataclass
-class SkipComponent(RewardModel):
+class SkipComponent(WrappedReward):
     """Signals that are only looked at: logged where they are valid, never learned from, and free to fail.
 
     Neither the advantage rule nor a regularizer gets to see them, so a failure changes no update.
@@ -141,10 +120,6 @@ class SkipComponent(RewardModel):
 
     model: RewardModel
     failed: dict[str, float] = field(default_factory=dict, init=False)
-
-    @property
-    def signals(self) -> tuple[str, ...]:
-        return self.model.signals
 
     def score(self, videos: VideoBatch) -> Scores:
         try:
@@ -161,11 +136,13 @@ class SkipComponent(RewardModel):
         shares = {f"reward/{name}/invalid": share for name, share in self.failed.items()}
         return {**self.model.metrics(), **shares}
 
-    def state_dict(self) -> dict:
-        return self.model.state_dict()
+    def unavailable(self) -> str | None:
+        return None  # it is free to fail
 
-    def load_state_dict(self, state: dict) -> None:
-        self.model.load_state_dict(state)
+
+def learned(scores: Scores, signals: Sequence[str]) -> list[str]:
+    """Those of some signals that are still there: a `SkipComponent` further inside has taken its own away."""
+    return [name for name in signals if name in scores.values]
 
 
 def without_scores(signals: Sequence[str], clips: int) -> Scores:

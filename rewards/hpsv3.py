@@ -67,6 +67,7 @@ class HPSv3(RewardModel):
         shown = take_frames(self.frames, clips, prompts, fps)
         repeated = [prompt for prompt in prompts for _ in range(shown.shape[1])]
         scores = self.score_frames(shown.flatten(0, 1), repeated).unflatten(0, shown.shape[:2])  # [n, M, 2]
+        scores = scores.where(torch.isfinite(scores), torch.nan)  # σ = exp(−∞) would be a zero, the best might hide −∞
         rate = fps * shown.shape[1] / clips.shape[1]
         pooled = self.pooling(scores[..., 0], rate)
         return torch.stack([pooled, scores[..., 1].exp().mean(1)][: len(self.signals)])
@@ -97,8 +98,7 @@ class HPSv3(RewardModel):
             **self.model.details(),
             "reward": "HPSv3",
             "signals": repr(self.signals),
-            "tokens": repr(self.model.tokens),
-            "template_sha256": self.conversation.template.sha256,
+            **self.conversation.details(),
             "sampling": repr(self.frames),
             "pooling": repr(self.pooling),
             "pixels": repr(self.pixels),

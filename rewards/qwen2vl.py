@@ -10,6 +10,7 @@ subclass leaves the language model random on several releases of transformers.
 
 import copy
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -170,6 +171,7 @@ class Qwen2VLReward(nn.Module):
 
         return {
             "weights_sha256": self.digest(),
+            "config_sha256": config_digest(self.backbone.config),
             "attention": str(self.backbone.config._attn_implementation),
             "body_dtype": str(self.dtype).removeprefix("torch."),
             "head_dtype": "float32",
@@ -183,6 +185,14 @@ class Qwen2VLReward(nn.Module):
         if self._digest is None:
             self._digest = tensors_digest(self.state_dict())
         return self._digest
+
+
+def config_digest(config: "Qwen2VLConfig") -> str:
+    """sha256 over what a config says of the networks: numbers of heads, epsilons and so on; no weight shows them."""
+    about = ("_", "transformers_version", "dtype", "torch_dtype", "architectures", "name_or_path")
+    parts: tuple[Any, ...] = (config.text_config, config.vision_config)
+    said = [{k: v for k, v in part.to_dict().items() if not k.startswith(about)} for part in parts]
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def details_digest(details: Mapping[str, str]) -> str:

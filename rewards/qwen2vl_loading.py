@@ -43,6 +43,7 @@ LAYOUTS: dict[str, dict[str, str]] = {
 """Prefixes in the file → prefixes in the network."""
 LM_HEAD = "lm_head.weight"
 ADAPTED = re.compile(r"(?P<module>.+)\.(?:base_layer\.(?P<leaf>weight|bias)|lora_(?P<factor>[AB])\.default\.weight)")
+LAYER = re.compile(r"\.\d+\.")
 PICKLED = (".pth", ".pt", ".bin")
 
 
@@ -154,7 +155,11 @@ def match_keys(
     layout = Layout.of(shapes)
     names = {key: layout.name(key) for key in shapes}
     parts = {key: ADAPTED.fullmatch(name) for key, name in names.items() if name is not None}
+    # a module that has adapters in one layer has them in all: one without is of a file that is not whole
+    kinds = {LAYER.sub(".", match["module"]) for match in parts.values() if match is not None}
+    modules = {name.rpartition(".")[0] for name in expected}
     wrapped = {match["module"] for match in parts.values() if match is not None}
+    wrapped |= {module for module in modules if LAYER.sub(".", module) in kinds}
 
     def key_of(name: str, factor: str = "") -> str:
         """The key that a parameter, or one factor of the adapter on it, must have in this file."""

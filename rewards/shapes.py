@@ -99,9 +99,9 @@ def visual_quality(seen: Analysis) -> Tensor:
 
 
 def motion_quality(seen: Analysis) -> Tensor:
-    """MQ [N]; 0 for one or two frames, which show no acceleration."""
+    """MQ [N]; NaN for one or two frames, which show no acceleration."""
     if seen.velocity.shape[1] < 2:
-        return torch.zeros(len(seen.error))
+        return torch.full((len(seen.error),), torch.nan)
     acceleration = (seen.velocity[:, 1:] - seen.velocity[:, :-1]).norm(dim=-1)
     smooth = (-acceleration).exp() * (-seen.error.amin(-1)[:, 1:-1] / 0.1).exp()
     moving = smoothstep((seen.velocity.mean(1).norm(dim=-1) - 0.05) / 0.25)

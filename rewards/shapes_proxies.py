@@ -30,9 +30,9 @@ def sharpness(pixels: Tensor) -> Tensor:
 
 
 def change(pixels: Tensor) -> Tensor:
-    """Mean absolute difference of neighbouring frames [N]; 0 for one frame."""
+    """Mean absolute difference of neighbouring frames [N]; NaN for one frame."""
     if pixels.shape[1] < 2:
-        return torch.zeros(len(pixels))
+        return torch.full((len(pixels),), torch.nan)
     return (pixels[:, 1:] - pixels[:, :-1]).abs().mean((1, 2, 3, 4))
 
 

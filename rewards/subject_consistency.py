@@ -13,12 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from framework.interfaces import RewardModel
 from framework.pooling import FramePooling, MeanFrames
-from framework.types import Scores, VideoBatch
 from rewards.encoders import ImageEncoder, check_choice
 from rewards.frame_sampling import AllFrames, FrameSampling
-from rewards.windows import score_windows, take_frames
+from rewards.windows import WindowReward, take_frames
 
 Against = Literal["both", "first", "previous"]
 
@@ -32,7 +30,7 @@ def consistency(features: Tensor, against: Against = "both") -> Tensor:
 
 
 @dataclass(frozen=True)
-class SubjectConsistency(RewardModel):
+class SubjectConsistency(WindowReward):
     """Mean similarity to the first and the previous frame. A window of one frame cannot be scored."""
 
     encoder: ImageEncoder
@@ -43,14 +41,6 @@ class SubjectConsistency(RewardModel):
 
     def __post_init__(self) -> None:
         check_choice("SubjectConsistency.against", self.against, ("both", "first", "previous"))
-
-    @property
-    def signals(self) -> tuple[str, ...]:
-        return (self.name,)
-
-    @torch.no_grad()
-    def score(self, videos: VideoBatch) -> Scores:
-        return score_windows(videos, self.signals, self._score_spans)
 
     def _score_spans(self, clips: Tensor, prompts: Sequence[str], fps: float) -> Tensor:
         shown = take_frames(self.frames, clips, prompts, fps)

@@ -22,13 +22,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from framework.interfaces import RewardModel
-from framework.types import Scores, VideoBatch
 from rewards.dynamic_degree import top_motion
 from rewards.frame_sampling import FrameSampling, StratifiedFrames
 from rewards.optical_flow import FlowEstimator
 from rewards.shapes import smoothstep
-from rewards.windows import score_windows
+from rewards.windows import WindowReward
 
 ENOUGH_SEEN = 0.5
 
@@ -83,7 +81,7 @@ def visible(forward: Tensor, backward: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class WarpSmoothness(RewardModel):
+class WarpSmoothness(WindowReward):
     """How evenly a clip moves, in [0, 1]; 0 where nothing moves.
 
     frames: at which t three frames are compared. still, moving: speeds, in shorter sides of the frame per second, up to
@@ -103,14 +101,6 @@ class WarpSmoothness(RewardModel):
             raise ValueError(f"WarpSmoothness needs 0 ≤ still < moving, got {self.still} and {self.moving}")
         if not 0 < self.tolerance <= 1:
             raise ValueError(f"WarpSmoothness.tolerance must lie in (0, 1], got {self.tolerance}")
-
-    @property
-    def signals(self) -> tuple[str, ...]:
-        return (self.name,)
-
-    @torch.no_grad()
-    def score(self, videos: VideoBatch) -> Scores:
-        return score_windows(videos, self.signals, self._score_spans)
 
     def _score_spans(self, clips: Tensor, prompts: Sequence[str], fps: float) -> Tensor:
         if clips.shape[1] < 3:

@@ -1,11 +1,13 @@
 """Real rewards judge every window of a clip by its own prompt; here windows are cut, batched and put together."""
 
 import contextlib
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from framework.interfaces import RewardModel
 from framework.pooling import pool_windows
 from framework.types import Scores, VideoBatch
 from rewards.frame_sampling import FrameSampling, SpanTooShort
@@ -30,12 +32,30 @@ def score_windows(videos: VideoBatch, signals: Sequence[str], score_spans: SpanS
         rows, columns = map(list, zip(*found, strict=True))
         prompts = [videos.windows[clip][column].prompt for clip, column in found]
         with contextlib.suppress(SpanTooShort):  # too short for how its frames are chosen: no score
-            scores = score_spans(videos.frames[rows, start:stop], prompts, videos.fps)
-            table[:, rows, columns] = scores.detach().float().cpu()
+            scores = score_spans(videos.frames[rows, start:stop], prompts, videos.fps).detach().float().cpu()
+            table[:, rows, columns] = scores.where(torch.isfinite(scores), torch.nan)
     live = torch.arange(table.shape[2]) < counts[:, None]
     values = {name: pool_windows(column, live.float()) for name, column in zip(signals, table, strict=True)}
     valid = {name: torch.isfinite(value) for name, value in values.items()}
     return Scores(values, valid, dict(zip(signals, table, strict=True)))
+
+
+class WindowReward(RewardModel):
+    """One signal, ``name``, of a reward that judges windows by themselves."""
+
+    name: str
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    @torch.no_grad()
+    def score(self, videos: VideoBatch) -> Scores:
+        return score_windows(videos, self.signals, self._score_spans)
+
+    @abstractmethod
+    def _score_spans(self, clips: Tensor, prompts: Sequence[str], fps: float) -> Tensor:
+        """As `SpanScore`, [1, n]."""
 
 
 def take_frames(sampling: FrameSampling, clips: Tensor, prompts: Sequence[str], fps: float) -> Tensor:

@@ -87,7 +87,7 @@ def switch_case(
                 x = torch.cat(latents, 2)[:, :, -count:]
                 if first <= window or variant == "recache_sink":
                     output, passes = passes.run(ids, x, 0.0, prompt, [])
-                    sink_ids = ids[:sink]
+                    sink_ids = list(range(ids[0], ids[0] + sink))  # some of which may be yet to come
                 else:
                     output, passes = passes.run(ids, x, 0.0, prompt, sink_ids, ids[-(window - sink) :])
                 tensors[f"recache_velocity.{variant}.{prompt - 1}"] = output.float()

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from framework.cli import main
 from framework.config.load import packaged_configs
 from framework.reporting.metrics import read_metrics
+from framework.reporting.runfolder import typed
 
 SMALL = [
     "--gin_param", "evaluation.HeldOut.members = 1",
@@ -32,6 +33,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "nft"
     assert train(folder) == 0
     return folder
+
+
+@pytest.mark.parametrize(
+    ("program", "written"),
+    [
+        ("/home/me/env/bin/armillary", "armillary train"),
+        ("/home/me/src/framework/__main__.py", "python -m framework train"),
+        ("/home/me/mine.py", "/home/me/mine.py train"),
+    ],
+)
+def test_a_recorded_command_does_not_tell_where_the_program_lies(
+    program: str, written: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", [program, "train"])
+    assert " ".join(typed()) == written
 
 
 def test_a_run_leaves_everything_that_a_person_looks_for(run: Path) -> None:

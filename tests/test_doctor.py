@@ -175,6 +175,20 @@ def test_a_configuration_that_train_refuses_is_refused_in_one_line(capsys: pytes
     assert err.count("\n") == 1 and "did you mean 'beta'" in err
 
 
+def test_fewer_prompts_than_a_step_takes_are_refused_as_train_does(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--gin_file", "embedded/nft.gin", "--gin_param", "train.prompts_per_step = 121"]) == 1
+    assert "train.prompts_per_step=121 must lie in 1 … 120" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["doctor"], ["train", "--dry_run", "--device", "meta"]])
+def test_routes_that_the_history_cannot_show_are_refused_before_anything_runs(
+    command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = "causal_history_routing.CausalHistoryRouting.sink = 4"
+    assert main([*command, "--gin_file", "embedded/kvpo.gin", "--gin_param", line]) == 1
+    assert "set sink to at most 3" in capsys.readouterr().err
+
+
 def test_an_installation_that_cannot_be_loaded_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -84,6 +84,16 @@ def test_switch_frames_say_when_lists_without_lengths_switch(tmp_path: Path):
     assert torch.equal(listed[0], written[0]) and not torch.equal(listed[0], shared[0])
 
 
+@pytest.mark.parametrize(("text", "start", "blocks"), [(f"{A} [3s] | {B}", 24, 9), (f"{A} [22f] | # {B}", 24, 9)])
+def test_a_prompt_that_the_video_is_too_short_to_show_is_refused(
+    text: str, start: int, blocks: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    line = refusal(capsys, main([*EMBEDDED, "--output_dir", str(tmp_path / "v"), "--prompt", text]))
+    assert f"{B!r} would start at latent frame {start}" in line and f"give --blocks {blocks} or more" in line
+    assert not (tmp_path / "v").exists()
+    assert len(made(tmp_path / "v", prompts=[f"{A} [{start}f] | {B}"], blocks=blocks)) == 1
+
+
 @pytest.mark.parametrize("wrong", [{"blocks": 0}, {"clips_per_batch": 0}, {"scale": 0}])
 def test_nothing_of_nothing_is_refused(wrong: dict[str, int], tmp_path: Path):
     with pytest.raises(ValueError, match=f"generate.{next(iter(wrong))} must be at least 1"):

@@ -28,6 +28,7 @@ SETTINGS = [
     ((2, 2, 2, 2, 2), (1000, 500), 2, 6, [3, 7], 2),  # two switches, neither at a block's start
     ((3, 3, 3, 3), (1000, 600), 0, 7, [9], 1),  # no sink
     ((1, 2, 2, 2, 2), (1000, 500), 2, 5, [7], 1),  # a first block of its own length
+    ((1, 1, 1, 1, 1, 1), (1000,), 2, 4, [1], 1),  # before the sink is whole
     ((2, 2, 2, 2, 2), (1000,), 3, 6, [4, 6, 8], 1),  # a recache of what a recache left, three times
 ]
 

@@ -9,8 +9,10 @@ import backbones.memory_bank as memory_bank
 from backbones.memory_bank import Bank, frame_scores
 from tests.golden import b6
 from tests.golden.__main__ import FOLDER
+from tests.golden.backbone import GoldenGenerator
 from tests.golden.case import Case, read_case
 from tests.golden.runner import run_case
+from tests.synthetic_bank import bank_case
 
 PACKAGED = FOLDER / "b6_memflow_bank.safetensors"
 
@@ -79,3 +81,37 @@ def test_a_case_with_a_switch_is_run_to_its_end(case: Case):
     single = b6.bank_generator(switching, "single", spans, torch.float64)
     latents = b6.roll_out(switching, single, torch.float64).latents
     assert (latents - case["latents.single"].double()).abs().max() < 5e-6
+
+
+# Cases of other sizes, and with switches, hold by an oracle that shares no code with the backbones
+
+
+@pytest.mark.parametrize(
+    ("lengths", "sink", "window", "size", "interval", "switches"),
+    [
+        ((1, 1, 1, 1, 1, 1), 1, 3, 1, 1, (4,)),
+        ((2, 2, 2, 2, 2, 2), 2, 4, 2, 2, (6,)),  # the window is sink and block
+        ((1, 1, 1, 1, 1, 1, 1), 1, 3, 2, 1, (3, 5)),
+        ((1, 2, 2, 2, 2), 0, 4, 2, 2, (4,)),
+        ((1, 1, 1, 1, 1, 1), 3, 5, 3, 1, ()),  # a sink longer than a block
+    ],
+)
+def test_a_bank_of_another_size_holds_through_switches(lengths, sink, window, size, interval, switches):
+    made = bank_case(lengths, (1000, 500), sink, window, size, interval, switches)
+    assert missed(made) == set()
+    assert {f"recache_velocity.interactive.{i}" for i in range(len(switches))} <= set(made.tensors)
+
+
+def test_a_recache_pass_that_does_not_see_the_bank_misses(monkeypatch: pytest.MonkeyPatch):
+    made = bank_case((1,) * 6, (1000,), 1, 3, 2, 1, (4,), ("interactive",))
+    assert missed(made) == set()
+    original = GoldenGenerator._reencode
+    monkeypatch.setattr(GoldenGenerator, "_reencode", lambda self, *given: original(self, *given[:5]))
+    assert {"latents.interactive", "recache_velocity.interactive.0"} <= missed(made)
+
+
+def test_frames_scored_by_the_new_prompt_before_a_block_has_read_it_miss(monkeypatch: pytest.MonkeyPatch):
+    made = bank_case((1,) * 8, (1000,), 1, 3, 3, 1, (5,), ("interactive",))
+    assert missed(made) == set()
+    monkeypatch.setattr(Bank, "switched", lambda self, rows, batch: self)
+    assert {"latents.interactive", "bank_frames.interactive"} <= missed(made)

@@ -262,6 +262,23 @@ def test_a_score_that_failed_is_no_zero_and_counts_as_a_failure(tmp_path: Path, 
     assert "—" in (tmp_path / "scores" / "scores.md").read_text(encoding="utf-8")
 
 
+class Ratio(Motion):
+    """A reward with a mistake that one clip shows."""
+
+    def score(self, videos: VideoBatch) -> Scores:
+        return Scores.of({"motion": torch.tensor([1 / (videos.frames.shape[1] - 4)])})
+
+
+def test_a_reward_that_fails_with_anything_loses_one_video(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for name, frames in (("good", 9), ("bad", 4), ("fine", 6)):
+        write_mp4(tmp_path / f"{name}.mp4", noise_clips(frames, 3, 16, 16), 8.0)
+    files = [str(tmp_path / f"{name}.mp4") for name in ("good", "bad", "fine")]
+    with pytest.raises(ValueError, match="1 of 3 videos could not be scored"):
+        score(reward=Ratio(), videos=files, prompts=["x"], output_dir=str(tmp_path / "scores"))
+    assert [row["motion"] for row in table(tmp_path / "scores")] == [str(torch.tensor(0.2).item()), "", "0.5"]
+    assert "bad.mp4: ZeroDivisionError: division by zero" in capsys.readouterr().err
+
+
 def test_clips_of_any_size_and_length_are_judged_one_by_one(tmp_path: Path):
     sizes = [(5, 16, 30), (12, 48, 24), (3, 90, 61)]
     files = []

@@ -49,7 +49,7 @@ def read_torch(path: Path) -> Mapping[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # what is not a whole file of tensors fails with any kind of error
-        first = (str(error).strip().splitlines() or [""])[0]
+        first = (str(error).strip().splitlines() or [""])[0].split(". ")[0]  # torch goes on to advise against safety
         reason = f"{type(error).__name__}: {first}"
         raise ValueError(
             f"{path} is not a whole torch file of tensors and nothing else, it was not loaded ({reason[:160]})"
@@ -115,8 +115,13 @@ def chosen(content: Mapping[str, Any], sub_key: str | None, path: Path) -> dict[
             raise ValueError(f"{path} holds no {sub_key!r}, but {listed(there)}; change sub_key")
     if not isinstance(state, Mapping):
         raise ValueError(f"{path}: {sub_key!r} is a {type(state).__name__}, not a state dict; change sub_key")
-    strange = sorted(str(key) for key, value in state.items() if type(key) is not str or not isinstance(value, Tensor))
+    strange = sorted(str(key) for key, value in state.items() if type(key) is not str or not is_stored(value))
     if strange or not state:
         raise ValueError(f"{path}: {len(strange)} entries of {sub_key or 'the file'} are no tensors: "
                          f"{listed(strange) or 'it is empty'}")  # fmt: skip
     return dict(state)
+
+
+def is_stored(value: Any) -> bool:
+    """Whether something is a tensor with all of its numbers in the file: neither sparse nor a shape alone."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta

@@ -126,7 +126,7 @@ def load_network(
     folder: where files are looked for before the hub. dtype: of the weights, but for what `KEPT_WIDE` names. device:
     "meta" gives the network without weights, and needs no file. Everything is checked before the first tensor is
     copied, and one tensor is converted at a time. Raises ValueError in one line for files that are missing, damaged,
-    partial or of another network.
+    partial or of another network, and for numbers that are not finite.
     """
     network = empty_network(recipe.network)
     expected = dict(network.state_dict())
@@ -140,7 +140,7 @@ def load_network(
     updates = [read_released(lora, expected, folder, recipe.licence) for lora in recipe.lora]
     left = f", {len(weights.left_out)} other entries left out" if weights.left_out else ""
     say(f"{recipe.name}: {len(weights.tensors)} tensors of {path}{left}")
-    convert = partial(converted, updates=updates, dtype=dtype, device=device)
+    convert = partial(converted, updates=updates, dtype=dtype, device=device, source=recipe.source)
     network = assigned(network, {name: convert(name, tensor) for name, tensor in weights.tensors.items()})
     config = network.config
     rope = WanRotaryPosEmbed(config["attention_head_dim"], config["patch_size"], config["rope_max_seq_len"])
@@ -191,11 +191,23 @@ def stored(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if wide else dtype
 
 
-def converted(name: str, tensor: Tensor, updates: list[dict[str, LowRank]], dtype: torch.dtype, device: str) -> Tensor:
-    """A parameter as the network holds it: updates added in float32, then rounded; a copy, never the file itself."""
+def converted(
+    name: str, tensor: Tensor, updates: list[dict[str, LowRank]], dtype: torch.dtype, device: str, source: str
+) -> Tensor:
+    """A parameter as the network holds it: updates added in float32, then rounded; a copy, never the file itself.
+
+    Raises ValueError where that is not finite.
+    """
     for update in updates:
         tensor = update[name].added_to(tensor) if name in update else tensor
-    return tensor.to(device, stored(name, dtype), copy=True).contiguous()
+    made = tensor.to(device, stored(name, dtype), copy=True).contiguous()
+    if not bool(made.isfinite().all()):
+        kind = str(made.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{name} of {source} holds numbers that are not finite in {kind}; nothing was loaded: fetch the files "
+            f"again, or set wan.generator.dtype='float32' where float16 is too narrow"
+        )
+    return made
 
 
 def assigned(network: CausalWanTransformer3DModel, state: Mapping[str, Tensor]) -> CausalWanTransformer3DModel:

@@ -8,9 +8,10 @@ from framework.checkpoint import Checkpoints
 from framework.commands.resumption import open_run, resume_command
 from framework.commands.training_run import TrainingRun, log_evaluation
 from framework.devices import prepare
+from framework.distillation_interfaces import DistributionGradient, ScoreLevels, StudentHistory
 from framework.distiller import Distiller
 from framework.evaluation import HeldOut, evaluation_plans
-from framework.interfaces import DistributionGradient, ScoreLevels, StreamingGenerator, StudentHistory
+from framework.interfaces import StreamingGenerator
 from framework.interruption import Interruption
 from framework.kernels import Consistency
 from framework.optimization import AdamW

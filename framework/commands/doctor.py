@@ -46,6 +46,8 @@ def run_findings(
     from framework.commands.train import train
     from framework.compatibility import check_recipe
     from framework.config.load import load_config
+    from framework.data.scenes import draw_scenes
+    from framework.rollout import check_routes
     from framework.run_shape import StepParts, estimate_step
 
     with sizes_only():
@@ -54,6 +56,14 @@ def run_findings(
         name: parameter.default for name, parameter in inspect.signature(train).parameters.items()
     } | built
     keep = check_recipe(given["exploration"], given["surrogate"], given["advantage"], given["regularizer"])
+    scenes = given["scenes"].scenes()
+    draw_scenes(scenes, 0, given["prompts_per_step"], given["seed"])
+    parts = StepParts(
+        given["generator"], given["exploration"], given["surrogate"], given["regularizer"],
+        scenes, keep, given["seed"], given["prompts_per_step"], given["updates_per_rollout"],
+        given["micro_batch_size"], given["groups_at_once"], given["branches_at_once"],
+    )  # fmt: skip
+    check_routes(parts.generator, parts.first_plan(), scenes)
     yield Finding("config", Verdict.OK, "all parts build and fit together")
     yield check_reward(given["reward"])
     network = given["generator"].network
@@ -62,9 +72,4 @@ def run_findings(
         trained = given["adaptation"].attach(network, given["seed"])
     counts = (sum(p.numel() for p in parameters) for parameters in (network.parameters(), trained.values()))
     yield Finding("network", Verdict.OK, "{:,} parameters, of which {:,} train".format(*counts))
-    parts = StepParts(
-        given["generator"], given["exploration"], given["surrogate"], given["regularizer"],
-        given["scenes"].scenes(), keep, given["seed"], given["prompts_per_step"], given["updates_per_rollout"],
-        given["micro_batch_size"], given["groups_at_once"], given["branches_at_once"],
-    )  # fmt: skip
     yield check_memory(estimate_step(parts, given["adaptation"]), available_memory(device))

@@ -6,6 +6,7 @@ from framework.commands.adaptation import put_on
 from framework.devices import prepare
 from framework.evaluation import HeldOut
 from framework.interfaces import StreamingGenerator
+from framework.judging import check_available
 from framework.reporting.parts import (
     PART_HEADERS,
     TIME_HEADERS,
@@ -50,8 +51,9 @@ def evaluate(
     exported LoRA weights; None scores the generator as it is. Intervals are 95 %, clustered by scene.
     """
     prepare(generator.network, device, threads)
-    folder = create_run_folder(fresh_folder("evaluate") if output_dir is None else output_dir)
+    check_available(evaluation.reward, *([] if timeline is None else [timeline.reward]))
     put_on(generator, adapter)
+    folder = create_run_folder(fresh_folder("evaluate") if output_dir is None else output_dir)
     segments: list[PartScore] = []
     intervals: list[PartScore] = []
     exported = VBenchFolder(folder / "vbench") if vbench else None

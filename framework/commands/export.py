@@ -16,6 +16,7 @@ from framework.config.load import Configuration, load_config
 from framework.interfaces import GeneratorRecipe, StreamingGenerator
 from framework.reporting.progress import say
 from framework.reporting.runfolder import create_run_folder, fresh_folder
+from framework.schedules import FewStepSchedule
 
 CONFIG, CARD, TRANSFORMER = "config.gin", "README.md", "transformer"
 
@@ -100,11 +101,12 @@ def card_lines(folder: Path, recipe: GeneratorRecipe) -> list[str]:
     """The model card: what it is trained from, under which terms, how, and on which rewards."""
     configuration = training_configuration(folder)
     digest = hashlib.sha256((folder / CONFIG).read_bytes()).hexdigest()
-    sigmas = ", ".join(f"{sigma:.4f}" for sigma in recipe.schedule.sigmas)
+    first = f" (the first one: {levels(recipe.first_schedule)})" if recipe.first_schedule is not None else ""
     facts = {
         "base": recipe.source or "not recorded",
         "licence of the base": recipe.licence or "not recorded",
-        "recipe": f"{recipe.name}: blocks of {recipe.block_frames} latent frames, σ {sigmas}, {recipe.fps:g} fps",
+        "recipe": f"{recipe.name}: blocks of {recipe.block_frames} latent frames, σ {levels(recipe.schedule)}{first}, "
+        f"{recipe.fps:g} fps",
         "generator": built(configuration, "generator"),
         "method": f"{built(configuration, 'exploration')}, {built(configuration, 'surrogate')}",
         "rewards": built(configuration, "reward"),
@@ -120,6 +122,11 @@ def card_lines(folder: Path, recipe: GeneratorRecipe) -> list[str]:
         "The weights are a derivative of their base: its licence binds whoever uses or passes them on.", "",
         "| | |", "|---|---|", *rows,
     ]  # fmt: skip
+
+
+def levels(schedule: FewStepSchedule) -> str:
+    """The noise levels of a sampler."""
+    return ", ".join(f"{sigma:.4f}" for sigma in schedule.sigmas)
 
 
 def built(configuration: Configuration, parameter: str) -> str:

@@ -71,8 +71,8 @@ def generate(
     if image is not None:
         given = first_latents(generator, image, device)
         check_given(given.shape[2], recipe, blocks if interactive else length, scripts)
-    folder = create_run_folder(fresh_folder("generate") if output_dir is None else output_dir)
     put_on(generator, adapter)
+    folder = create_run_folder(fresh_folder("generate") if output_dir is None else output_dir)
     reel, noise = Reel(recipe.fps, scale), BlockNoise(seed, noise_shape(generator, kernel, 1), device)
     if interactive:
         first = scripts[0].cues[0].prompt if scripts else None
@@ -140,12 +140,20 @@ def stream_interactively(
 def wanted_scripts(
     prompts: Sequence[str], prompt_file: str | None, switch_frames: Sequence[int], recipe: GeneratorRecipe, blocks: int
 ) -> list[Script]:
-    """What to show, on blocks; cues behind the last one are left out."""
+    """What to show, on blocks. Raises ValueError for a prompt that the video is too short to show."""
     frames = blocks * recipe.block_frames
     scripts = [script_of_line(prompt, "--prompt", recipe.latent_fps, frames, switch_frames) for prompt in prompts]
     if prompt_file is not None:
         scripts += PromptFile(prompt_file, recipe.latent_fps, frames, switch_frames).scripts()
-    return [script.on_blocks(recipe.block_frames) for script in scripts]
+    aligned = [script.on_blocks(recipe.block_frames) for script in scripts]
+    for script in aligned:
+        last = script.cues[-1]
+        if last.start >= frames:
+            raise ValueError(
+                f"{last.prompt!r} would start at latent frame {last.start}, where a video of {blocks} blocks ends: "
+                f"give --blocks {last.start // recipe.block_frames + 1} or more, or shorten what is before it"
+            )
+    return aligned
 
 
 def check_interactive(scripts: Sequence[Script]) -> None:

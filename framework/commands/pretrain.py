@@ -11,8 +11,9 @@ import torch
 from framework.checkpoint import SHARED, CheckpointError, Checkpoints, rank_part
 from framework.commands.resumption import Start, fitting, open_run, resume_command
 from framework.devices import prepare
+from framework.distillation_interfaces import ClipSource, PretrainingStage
 from framework.evaluation import HeldOut
-from framework.interfaces import ClipSource, PretrainingStage, StreamingGenerator
+from framework.interfaces import StreamingGenerator
 from framework.interruption import Interruption
 from framework.random_state import random_state, restore_random_state
 from framework.reporting.metrics import MetricsLogger

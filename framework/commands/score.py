@@ -14,6 +14,7 @@ from framework.config.registry import did_you_mean, one_line
 from framework.data.scene_files import scene_of_line
 from framework.data.scenes import PromptFile
 from framework.interfaces import RewardModel
+from framework.judging import check_available
 from framework.reporting.progress import progress, say
 from framework.reporting.read_videos import Clip, read_clip
 from framework.reporting.report import format_table, markdown_table
@@ -85,6 +86,7 @@ def score(
 
     What cannot be read or scored is named and left out. Raises ValueError at the end where there was any.
     """
+    check_available(reward)  # a service that is down is asked for its signals again and again
     signals = tuple(reward.signals)
     if sort_by is not None and sort_by not in signals:
         raise ValueError(
@@ -95,8 +97,6 @@ def score(
         raise ValueError(f"score.rows must be at least 2, got {rows}")
     texts = Prompts(prompts, prompt_file)
     check_prompts(texts, len(videos))
-    if (reason := reward.unavailable()) is not None:
-        raise ValueError(f"{type(reward).__name__} cannot score now: {reason}")
     if threads is not None:
         torch.set_num_threads(threads)
     folder = create_run_folder(fresh_folder("score") if output_dir is None else output_dir)
@@ -150,8 +150,9 @@ def judge(reward: RewardModel, file: str, prompts: Prompts, index: int, scale: i
         windows = prompts.windows(index, clip)
         seen = replace(seen, prompt=" | ".join(window.prompt for window in windows))
         scores = reward.score(VideoBatch(clip.frames[None], clip.fps, (windows,)))
-    except (ValueError, OSError, RuntimeError) as error:  # torch's own errors are RuntimeErrors
-        return replace(seen, problem=f"{file}: {one_line(error)}")
+    except Exception as error:  # somebody's reward raises anything; the scores of the other videos are not lost with it
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        return replace(seen, problem=f"{file}: {kind}{one_line(error)}")
     values = {name: valid_number(scores, name) for name in reward.signals}
     failed = [name for name, value in values.items() if math.isnan(value)]
     problem = f"{file}: {', '.join(failed)} could not be scored" if failed else ""
@@ -181,7 +182,8 @@ def write_tables(folder: Path, judged: Sequence[Judged], signals: Sequence[str],
     ]
     write_csv(folder / "scores.csv", ("video", "prompt", "width", "height", "frames", "fps", *signals, "problem"), rows)
     windows = [
-        [one.file, span.start, span.stop, span.prompt, *(scored.get(name, math.nan) for name in signals)]
+        [one.file, span.start, span.stop, span.prompt]
+        + ["" if math.isnan(value := scored.get(name, math.nan)) else value for name in signals]
         for one in judged
         for span, scored in one.windows
     ]

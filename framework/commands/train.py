@@ -24,6 +24,7 @@ from framework.interfaces import (
     SurrogatePolicy,
 )
 from framework.interruption import Interruption
+from framework.judging import check_available, scored
 from framework.nonfinite import NonFiniteRule, Stop
 from framework.optimization import AdamW
 from framework.policies import AVERAGE, BEHAVIOUR, Policies
@@ -125,6 +126,7 @@ def train(
             generator, exploration, surrogate, regularizer, train_scenes, keep, seed, prompts_per_step,
             updates_per_rollout, micro_batch_size, groups_at_once, branches_at_once,
         )  # fmt: skip
+        check_routes(generator, parts.first_plan(), train_scenes)
         for line in plan_lines(parts, adaptation):
             say(line)
         say("dry run without weights: no self-check and no step, which need numbers; nothing written")
@@ -144,6 +146,8 @@ def train(
         seed, prompts_per_step, updates_per_rollout, micro_batch_size, reference, world, distribution.checksum_every,
         nonfinite or Stop(), groups_at_once, branches_at_once,
     )  # fmt: skip
+    for step in range(max_steps) if generator.recipe.first_schedule is not None else ():
+        trainer.plans_at(step)  # a window that is drawn may start at block 0 in one step of many
     for line in start_lines(trainer, replay_tolerance):
         say(line)
     if dry_run:
@@ -192,15 +196,14 @@ def check_apart(trained: Sequence[Scene], judged: Sequence[Scene]) -> None:
         )
 
 
-def check_available(*rewards: RewardModel) -> None:
-    """Raises ValueError for a reward that cannot score now, before anything is made for it to score."""
-    for reward in rewards:
-        if (reason := reward.unavailable()) is not None:
-            raise ValueError(f"{type(reward).__name__} cannot score: {reason}; start its service, or change REWARD")
-
-
 def check_settled(regularizer: Regularizer, judged: Scores) -> None:
-    """Raises ValueError where the regularizer reads a signal that the reward's failure policy keeps from learning."""
+    """Raises ValueError where the reward's failure policy keeps from learning all signals, or one that the regularizer
+    reads."""
+    if not judged.values:
+        raise ValueError(
+            "a step has no reward signal to learn from: failure.SkipComponent only shows its signals; take it away, "
+            "use failure.Mask, or put another reward beside it in composite.CompositeReward"
+        )
     kept = sorted(regularizer.signals - set(judged.values))
     if kept:
         raise ValueError(
@@ -220,7 +223,9 @@ def start_lines(trainer: Trainer, tolerance: float) -> list[str]:
         visited = roll_out(generator, canonical(plans), kernel, frozenset({Predictions}), at_once)
         replay = check_replay(generator, visited, tolerance, trainer.micro_batch_size)
     # what only a rollout can show to be wrong is better found now than after the first evaluation
-    judged = trainer.reward.settle(trainer.reward.score(decode_tape(generator, tape)), tape.groups)
+    # all ranks score the same clips and settle what the first one found: a policy must not remember different failures
+    scores = trainer.world.gather_scores(scored(trainer.reward, decode_tape(generator, tape)), len(tape.groups))
+    judged = trainer.reward.settle(scores, tape.groups)
     check_settled(trainer.regularizer, judged)
     trainer.advantage(judged, tape.groups, tape.anchors)
     for probes in trainer.surrogate.probes(tape, generator.recipe, Streams(trainer.seed).at("selfcheck")):

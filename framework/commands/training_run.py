@@ -90,6 +90,12 @@ class TrainingRun:
     def judge_start(self) -> EvaluationResult:
         """Evaluate the policy in force and keep the result with the run."""
         before = self.judge("held-out evaluation before")
+        for name, value in before.scores.items():
+            if failed := int((~value.isfinite()).sum()):
+                raise ValueError(
+                    f"the held-out evaluation before training has no {name!r} for {failed} of {value.numel()} clips, "
+                    f"and no gain could be told at the end; see why HeldOut.reward cannot score them"
+                )
         if self.checkpoints.rank > 0:
             return before
         staged, path = self.folder / f"{BEFORE}.partial", self.folder / BEFORE

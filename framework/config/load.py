@@ -83,7 +83,7 @@ class _Reader:
             known = packaged_configs()
             raise ConfigError(
                 f"{where}: there is no file {name!r} in {' or '.join(map(str, dict.fromkeys(folders)))}"
-                f"{did_you_mean(name, known)}; packaged files: {', '.join(known) or 'none'}"
+                f"{did_you_mean(name, known)}; `armillary list` shows the packaged files"
             )
         path = found.resolve()
         if path in self.open:

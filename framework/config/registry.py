@@ -23,6 +23,8 @@ from typing import Any
 from framework.config.signatures import Parameter, built_kind, read_parameters
 
 GROUP = "armillary.parts"
+INTERFACES = ("framework.interfaces", "framework.distillation_interfaces")
+"""Where the extension points are."""
 ROOTS = {
     "train": "framework.commands.train:train",
     "evaluate": "framework.commands.evaluate:evaluate",
@@ -111,7 +113,7 @@ def interface(target: Callable[..., Any]) -> type | None:
     kind = built_kind(target)
     bases = () if kind is None else kind.__mro__[inspect.isclass(target) :]
     kinds = [base for base in bases if inspect.isabstract(base)]
-    return next((base for base in kinds if base.__module__ == "framework.interfaces"), kinds[0] if kinds else None)
+    return next((base for base in kinds if base.__module__ in INTERFACES), kinds[0] if kinds else None)
 
 
 class Registry:

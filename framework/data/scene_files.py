@@ -11,6 +11,8 @@ from framework.types import Scene
 
 LENGTH = re.compile(r"(?P<prompt>.*?)\s*\[(?P<number>\d{1,9}(?:\.\d{1,9})?)(?P<unit>[sf])\]", re.DOTALL)
 """A prompt and how long it holds, in seconds or in latent frames."""
+NEARLY_LENGTH = re.compile(r".*\[\s*\d+(\.\d+)?\s*(s|f|secs?|seconds?|frames?)?\s*\]", re.DOTALL | re.IGNORECASE)
+"""What was meant as a length, by the look of it."""
 RECORDS = ({"prompt"}, {"segments"}, {"prompts"}, {"prompts", "switch_frames"})
 """The keys that a JSON object may have."""
 
@@ -55,6 +57,8 @@ def script_of_line(
     for number, (prompt, _, _) in enumerate(read):
         if not prompt:
             raise ValueError(f"{where}: prompt {number + 1} of {len(read)} between '|' is empty in {line.strip()!r}")
+        if len(read) > 1 and NEARLY_LENGTH.fullmatch(prompt):
+            raise ValueError(f"{where}: {prompt!r} ends in no length; write [5s] for seconds, [20f] for frames")
     lengths = [(number, unit) for _, number, unit in read[:-1]]
     if all(number is None for number, _ in lengths) and (frames is not None or switch_frames):
         starts = _given_starts(len(read), where, frames, switch_frames)

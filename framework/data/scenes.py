@@ -207,7 +207,7 @@ def scene_indices(total: int, step: int, count: int, seed: int) -> list[int]:
     ``count`` ≤ ``total``.
     """
     if not 1 <= count <= total:
-        raise ValueError(f"prompts_per_step={count} must lie in 1 … {total}, the number of training prompts")
+        raise ValueError(f"train.prompts_per_step={count} must lie in 1 … {total}, the number of training prompts")
     # epochs are cut to whole steps, so that a step never straddles two shuffles and repeats a prompt
     steps_per_epoch = total // count
     epoch, place = divmod(step, steps_per_epoch)

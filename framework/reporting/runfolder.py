@@ -42,6 +42,16 @@ def create_run_folder(path: str | Path) -> Path:
     return folder
 
 
+def typed() -> list[str]:
+    """The command line of this process as a person types it: where the program lies is nobody else's business."""
+    program, words = Path(sys.argv[0]), sys.argv[1:]
+    if program.stem == "armillary":
+        return ["armillary", *words]
+    if program.parts[-2:] == ("framework", "__main__.py"):
+        return ["python", "-m", "framework", *words]
+    return list(sys.argv)
+
+
 def write_run_files(folder: Path, operative_config: str) -> None:
     """The exact configuration, the command line and the environment of the run.
 
@@ -51,7 +61,7 @@ def write_run_files(folder: Path, operative_config: str) -> None:
     staged.write_text(operative_config, encoding="utf-8")
     staged.replace(folder / "config.gin")
     with (folder / "command.txt").open("a", encoding="utf-8") as commands:
-        commands.write(shlex.join(sys.argv) + "\n")
+        commands.write(shlex.join(typed()) + "\n")
     environment = {
         "armillary": framework.__version__,
         "python": platform.python_version(),

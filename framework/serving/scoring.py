@@ -102,6 +102,11 @@ class ScoringQueue:
         """Whether the thread runs."""
         return self._thread.is_alive()
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits and nothing is being scored."""
+        return not self._asked
+
     def __len__(self) -> int:
         return len(self._pending)
 

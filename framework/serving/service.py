@@ -64,6 +64,7 @@ class RewardService:
     def __init__(self, model: RewardModel, probe: ProbeClip | None = None, limits: Limits | None = None) -> None:
         self.model, self.limits = model, limits or Limits()
         refuse_memory(model)
+        refuse_policy(model)
         self.digest = model_digest(model)
         self.queue = ScoringQueue(model, self.digest, self.limits)
         self.probe = Request.of((probe or ProbeClip()).videos(), self.digest)
@@ -86,7 +87,7 @@ class RewardService:
         if not self.queue.alive:
             return "the scoring thread has ended"
         reason = await asyncio.to_thread(self.model.unavailable)
-        if reason is None and time.monotonic() - self._tested > RETEST_S and not len(self.queue):
+        if reason is None and time.monotonic() - self._tested > RETEST_S and self.queue.idle:
             try:
                 answer = await asyncio.shield(asyncio.wrap_future(self.queue.submit(self.probe, anew=True)))
             except Busy:
@@ -121,6 +122,18 @@ def refuse_memory(model: RewardModel) -> None:
     if holds_something(model.state_dict()):
         raise ValueError(f"{type(model).__name__} remembers what it has seen, which a checkpoint of the run must hold; "
                          f"use it inside of the run")  # fmt: skip
+
+
+def refuse_policy(model: RewardModel) -> None:
+    """Raises ValueError for a reward that decides what failed scores lead to: only the run sees all of a step."""
+    failed = Scores.of({name: torch.full((2,), torch.nan) for name in model.signals})
+    try:
+        left = set(model.settle(failed, torch.zeros(2, dtype=torch.long)).values)
+    except RewardFailed:
+        left = set()
+    if left != set(model.signals):
+        raise ValueError(f"{type(model).__name__} decides about failed scores of a whole step, which a service never "
+                         f"sees; serve what is inside of it and put the policy around the client")  # fmt: skip
 
 
 def holds_something(state: object) -> bool:

@@ -103,10 +103,9 @@ class Caller:
         while True:
             endpoint, asked = self._next(), 0.0
             left = self.patience.deadline_s - (self.wire.now() - started)
-            timeout = httpx.Timeout(min(timeout_s, max(left, 0.001)), connect=CONNECT_S)
             try:
-                answer = endpoint.client.request("POST" if request else "GET", path, timeout=timeout, **request)
-            except httpx.TransportError as error:
+                answer = self._ask(endpoint, path, min(timeout_s, max(left, 0.001)), request)
+            except httpx.RequestError as error:
                 reason = f"{endpoint.url}: {type(error).__name__}: {one_line(error)}"
                 self._failed(endpoint)
             else:
@@ -127,6 +126,20 @@ class Caller:
             attempt += 1
             self.retried += 1
             self.wire.sleep(pause)
+
+    def _ask(self, endpoint: Endpoint, path: str, timeout_s: float, request: Mapping[str, Any]) -> Any:
+        """One attempt. Raises httpx.RequestError, also for an answer that trickles in: httpx times byte after byte."""
+        import httpx
+
+        until, parts = self.wire.now() + timeout_s, []
+        timeout = httpx.Timeout(timeout_s, connect=CONNECT_S)
+        with endpoint.client.stream("POST" if request else "GET", path, timeout=timeout, **request) as answer:
+            for part in answer.iter_bytes():
+                parts.append(part)
+                if self.wire.now() > until:
+                    raise httpx.ReadTimeout(f"the answer is not complete after {timeout_s:g} s")
+            kept = {name: answer.headers[name] for name in ("retry-after",) if name in answer.headers}
+            return httpx.Response(answer.status_code, headers=kept, content=b"".join(parts))
 
     def _next(self) -> Endpoint:
         """Whose turn it is, of those that work; where none does, the one that was left alone for longest."""

@@ -169,7 +169,7 @@ class HttpReward(RewardModel):
                     continue
                 said = self._greet(endpoint.url, endpoint.client.get("/info", timeout=self.timeout_s))
                 self._handshake, ready = self._handshake or said, True
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 reasons.append(f"{endpoint.url}: {type(error).__name__}: {one_line(error)}")
             except ValueError as error:
                 return one_line(error)

@@ -145,6 +145,10 @@ class WorkerReward(RewardModel):
             code = worker.process.exitcode
             killed = f", killed by signal {-code}" if code is not None and code < 0 else ""
             reason = f"has died (exit code {code}{killed}); memory is the usual cause"
+        except BaseException:  # an answer that nobody waited for would be taken for that of the next question
+            worker.process.kill()
+            self.close()
+            raise
         self.close()
         raise RewardFailed(f"the reward worker {reason}")
 
@@ -190,10 +194,9 @@ def work(pipe: Connection, model: Callable[[], RewardModel] | RewardModel, devic
     with torch.no_grad():
         while True:
             try:
-                received = pipe.recv_bytes()
-            except EOFError:
+                pipe.send_bytes(answered(built, digest, pipe.recv_bytes()))
+            except (EOFError, OSError):  # nobody is there any more
                 return
-            pipe.send_bytes(answered(built, digest, received))
 
 
 def answered(model: RewardModel, digest: str, received: bytes) -> bytes:

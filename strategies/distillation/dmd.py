@@ -28,8 +28,9 @@ from framework.distillation import (
     roll_out_student,
     visited_probes,
 )
+from framework.distillation_interfaces import ClipSource, DistributionGradient, PretrainingStage
 from framework.flow import X0_SIGMA_FLOOR
-from framework.interfaces import ClipSource, DistributionGradient, PretrainingStage, StreamingGenerator
+from framework.interfaces import StreamingGenerator
 from framework.rng import Streams
 from framework.schedules import draw_shifted_sigma
 from framework.types import Probes

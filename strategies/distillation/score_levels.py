@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from framework.distillation_interfaces import ScoreLevels
 from framework.flow import X0_SIGMA_FLOOR
-from framework.interfaces import ScoreLevels
 from framework.schedules import draw_shifted_sigma
 
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from framework.data.scenes import SceneSource, draw_scenes
-from framework.interfaces import ClipSource, GeneratorRecipe, StudentHistory
+from framework.distillation_interfaces import ClipSource, StudentHistory
+from framework.interfaces import GeneratorRecipe
 from framework.rng import Streams
 
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from framework.averaging import WeightAverage
+from framework.distillation_interfaces import ClipSource, PretrainingStage
 from framework.flow import X0_SIGMA_FLOOR, add_noise, expand_sigma, velocity_target
-from framework.interfaces import ClipSource, PretrainingStage, StreamingGenerator
+from framework.interfaces import StreamingGenerator
 from framework.rng import Streams
 from framework.schedules import draw_shifted_sigma
 from framework.types import Probes, Scene

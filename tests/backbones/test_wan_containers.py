@@ -237,6 +237,13 @@ def test_a_pickle_is_refused_in_one_line_and_never_run(tmp_path: Path) -> None:
     assert mark.exists(), "the burglar would have been there"
 
 
+@pytest.mark.parametrize("form", [Tensor.to_sparse, lambda t: t.to("meta")])
+def test_a_tensor_without_its_numbers_is_refused_in_one_line(form: Callable, tmp_path: Path) -> None:
+    key = "patch_embedding.bias"
+    with pytest.raises(ValueError, match=rf"1 entries of the file are no tensors: {key}$"):
+        read_state(save_torch(tmp_path / "a.pt", {**ORIGINAL, key: form(ORIGINAL[key])}))
+
+
 def damaged(kind: str, folder: Path) -> Path:
     """Files that are not whole."""
     if kind == "torch":

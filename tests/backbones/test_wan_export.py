@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from framework.adapters import ADAPTER, EXPORTED, WAN_LINEARS, FullFineTuning, L
 from framework.cli import main
 from framework.commands.export import card_lines
 from framework.config.load import load_config
+from framework.schedules import FewStepSchedule
 from tests.backbones.wan_files import network, outputs
 from tests.support import close, holds, normal, refuted
 
@@ -149,6 +151,9 @@ def test_the_card_of_a_released_checkpoint_names_its_files_and_its_licence(run: 
     card = "\n".join(card_lines(run, recipe.generator_recipe()))
     assert "| base | owner/repo: base.pt [generator] + owner/repo: lora.pt |" in card
     assert "| licence of the base | CC-BY-NC-4.0: NON-COMMERCIAL |" in card
+    framewise = replace(recipe, block_frames=1, schedule=FewStepSchedule((1000,)), first_schedule=FewStepSchedule())
+    card = "\n".join(card_lines(run, framewise.generator_recipe()))
+    assert "σ 1.0000 (the first one: 1.0000, 0.9375, 0.8333, 0.6250), 16 fps" in card
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -299,6 +299,18 @@ def test_nothing_is_copied_before_everything_is_checked(tmp_path: Path, monkeypa
         load_network(replace(MICRO, network={**micro_config(), "ffn_dim": 48}), folder, torch.float32, "cpu")
 
 
+@pytest.mark.parametrize(("value", "dtype"), [(float("nan"), torch.float32), (1e6, torch.float16)])
+def test_numbers_that_are_not_finite_are_refused_by_name(value: float, dtype: torch.dtype, tmp_path: Path) -> None:
+    """A damaged file, and a network that its dtype cannot hold."""
+    load_network(MICRO, folder_with(tmp_path), dtype)
+    state = dict(ours())
+    state["blocks.1.ffn.net.2.weight"] = state["blocks.1.ffn.net.2.weight"].index_fill(0, torch.tensor([3]), value)
+    folder = folder_with(tmp_path, generator_ema=originals(state))
+    with pytest.raises(ValueError, match=r"^blocks\.1\.ffn\.net\.2\.weight of .* not finite in float") as said:
+        load_network(MICRO, folder, dtype)
+    assert "\n" not in str(said.value)
+
+
 def test_an_adapter_in_place_of_a_network_is_told_apart(tmp_path: Path) -> None:
     save_torch(tmp_path / "a.pt", lora())
     with pytest.raises(ValueError, match=r"a\.pt holds adapters, not a network; name it in WanRecipe\.lora"):

@@ -27,6 +27,7 @@ from framework.evaluation import decode_tape
 from framework.kernels import Consistency
 from framework.memory_estimate import NetworkDimensions
 from framework.rollout import roll_out
+from framework.schedules import FewStepSchedule
 from framework.weights import read_tensors, save_tensors
 from tests.backbones.tiny_stack import (  # noqa: F401
     MIDDLE,
@@ -138,6 +139,24 @@ def test_a_paper_trains_on_released_precisions_too(
     network = arguments["generator"].network
     assert {p.dtype for n, p in network.named_parameters() if "lora" in n} == {torch.float32}
     assert network.patch_embedding.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("earliest", [0, 1])
+def test_a_layout_that_may_start_at_the_first_block_is_refused_before_the_run(
+    earliest: int, stack: Path, tmp_path: Path
+) -> None:
+    """With seed 1 the self-check and step 0 draw later windows, step 1 draws block 0."""
+    layout = ("@noise_endpoint.Anywhere()", f"{earliest}")
+    names = ("noise_endpoint.NoiseEndpoint.layout", "noise_endpoint.Anywhere.earliest")
+    given = [f"{name} = {value}" for name, value in zip(names, layout, strict=True)]
+    arguments = of_paper("papers/astrolabe.gin", stack, tmp_path, *given, "train.seed = 1")() | {"dry_run": True}
+    generator = arguments["generator"]
+    generator.recipe = replace(generator.recipe, first_schedule=FewStepSchedule((1000,)))
+    if earliest:
+        assert train(**arguments) is None
+        return
+    with pytest.raises(ValueError, match=r"window starts at frame 0, .* first_schedule=None$"):
+        train(**arguments)
 
 
 def test_a_run_does_not_go_on_from_other_weights_than_it_started_from(stack: Path, tmp_path: Path) -> None:

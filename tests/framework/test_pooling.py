@@ -100,6 +100,14 @@ def test_one_bad_frame_moves_the_tail_aware_mean_more_than_the_mean():
     holds(partial(check_one_bad_frame_is_seen, pools(TailAware())), SEEDS, FROM_FOUR)
 
 
+@pytest.mark.parametrize("pooling", [*POOLINGS.values(), LessDrift(MeanFrames())])
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
+def test_a_frame_without_a_score_leaves_its_clip_without_one(pooling: FramePooling, broken: float):
+    values = torch.arange(20.0).view(2, 10)
+    values[1, 4] = broken
+    assert torch.isfinite(pooling(values, 4.0)).tolist() == [True, False]
+
+
 @pytest.mark.parametrize("blind", [TopFrames(), MeanFrames()])
 def test_the_bad_frame_check_sees_poolings_that_hide_it(blind: FramePooling):
     refuted(partial(check_one_bad_frame_is_seen, pools(blind)), SEEDS, FROM_FOUR)

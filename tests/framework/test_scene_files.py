@@ -178,6 +178,9 @@ def test_switch_frames_of_another_number_are_refused():
     ("line", "latent_fps", "said"),
     [
         ("a |  | b", 4.0, "prompt 2 of 3 between '|' is empty"),
+        ("a [9] | b", 4.0, r"'a \[9\]' ends in no length; write \[5s\]"),
+        ("a [10 s] | b", 4.0, "ends in no length"),
+        ("a [2s] | b [3 Frames]", 4.0, "ends in no length"),
         ("| b", 4.0, "prompt 1 of 2"),
         ("a [5s] |", 4.0, "prompt 2 of 2"),
         ("[5s] | b", 4.0, "prompt 1 of 2"),

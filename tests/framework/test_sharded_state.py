@@ -110,6 +110,37 @@ def test_a_checkpoint_that_lacks_a_rank_s_file_is_refused(runs: Path, tmp_path: 
     assert all(outcome.code == 1 for outcome in outcomes) and "is missing" in outcomes[0].error
 
 
+def test_what_a_rank_cannot_read_or_write_is_one_line_and_nothing_stays_zero(runs: Path, tmp_path: Path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(runs / "cut" / "checkpoints" / "step-000002", folder)
+    state = read_part(folder / "shared.safetensors")["trained"]
+    lost = next(folder.glob("shard-00001*"))
+    lost.rename(tmp_path / lost.name)
+    with pytest.raises(ValueError, match=r"holds \d+ of the .* numbers of policies/current/.*a shard file is missing"):
+        restored(state, folder, None)
+    (tmp_path / lost.name).rename(lost)
+    whole = restored(state, folder, None)["policies"]["current"]
+    assert all(bool(value.any()) for value in whole.values())
+
+    outcomes = run_ranks(2, tmp_path / "ranks", some_steps_on_a_full_disk, tmp_path / "run")
+    for outcome in outcomes:
+        assert outcome.code == 1
+        assert "OSError: " in outcome.error and "rank 1: [Errno 28] no space" in outcome.error.splitlines()[-1]
+    assert not list((tmp_path / "run" / "checkpoints").glob("*")), "nothing half written is left"
+
+
+def some_steps_on_a_full_disk(world: World, folder: Path) -> list[float]:
+    """`some_steps` whose second rank has no room."""
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "no space")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if world.rank:
+            patch.setattr("framework.sharded_state.HuggingFaceStorageWriter.write_data", full)
+        return some_steps(world, folder, 2)
+
+
 def test_a_state_without_sharded_tensors_is_left_as_it_is(tmp_path: Path):
     state = {"a": [torch.ones(2), (1, None)], "b": {3: "text"}}
     rest, tensors = parted(state)

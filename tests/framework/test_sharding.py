@@ -1,5 +1,6 @@
 """A network that is spread over the ranks trains what a whole one trains, and is really spread."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,15 @@ from torch.distributed.tensor import DTensor
 
 from framework import sharding
 from framework.adapters import FullFineTuning, LoRA
+from framework.data.scenes import draw_scenes
 from framework.distributed import World, held, whole
+from framework.nonfinite import Skip
 from framework.optimization import AdamW, Constant
 from framework.policies import Policies
 from framework.sharding import check_symmetric, shard_base
-from framework.types import Scene, Segment
+from framework.trainer import combine
+from framework.types import Advantage, Objective, Scene, Scores, Segment, VideoBatch
+from rewards.shapes import ShapesReward
 from tests.framework.test_distributed import check_same_run
 from tests.ranks import MovedLoRA, WideLoRA, make, noting, results, run_ranks, train
 from tests.support import PROMPTS, tiny_generator
@@ -96,6 +101,60 @@ def test_full_fine_tuning_of_a_sharded_network_makes_the_update_of_one_rank(reci
         assert alone["tensors"].keys() == rank["tensors"].keys()
         for name, value in alone["tensors"].items():
             assert torch.allclose(rank["tensors"][name], value, rtol=1e-9, atol=1e-9), name
+
+
+class Blind(ShapesReward):
+    """Has no score for the clips of some prompts."""
+
+    def __init__(self, prompts: set[str]) -> None:
+        super().__init__()
+        self.prompts = prompts
+
+    def score(self, videos: VideoBatch) -> Scores:
+        unseen = torch.tensor([prompt in self.prompts for prompt in videos.prompts])
+        values = super().score(videos).values
+        return Scores.of({name: value.masked_fill(unseen, torch.nan) for name, value in values.items()})
+
+
+def troubled(world: World, recipe: str, shard: bool = True) -> list[dict[str, float]]:
+    """Three steps: the last rank has no active clip; then no rank has one; then the last rank's loss is NaN."""
+    generator = tiny_generator(torch.float64, clip_blocks=2)
+    policies = Policies(generator, FullFineTuning(), Constant(0.5), 0.9, seed=0)
+    if shard:
+        policies.spread(partial(shard_base, generator, world))
+    parts: dict[str, Any] = {"generator": generator, "policies": policies, "optimizer": AdamW(1e-4)}
+    trainer = make(recipe, world, **parts, nonfinite=Skip(), micro_batch_size=4)
+    lists: list[dict[str, float]] = []
+    for step in range(3):
+        scenes, _ = draw_scenes(trainer.scenes, step, 4, 0)
+        trainer.reward = Blind({scene.prompt for scene in (scenes[2:], scenes[:0], scenes[:0])[step]})
+        with pytest.MonkeyPatch.context() as patch:
+            if step == 1:
+                patch.setattr(trainer, "advantage", partial(without_active, trainer.advantage))
+            if step == 2 and world.rank == world.size - 1:
+                patch.setattr("framework.trainer.combine", without_number)
+            metrics = trainer.step()
+        lists.append({k: float(v) for k, v in metrics.items() if k.startswith("train/")})
+    return lists
+
+
+def without_number(*arguments: Any) -> Objective:
+    objective = combine(*arguments)
+    return replace(objective, per_clip=objective.per_clip * torch.nan)
+
+
+def without_active(rule: Any, *arguments: Any) -> Advantage:
+    advantage = rule(*arguments)
+    return replace(advantage, active=torch.zeros_like(advantage.active))
+
+
+@pytest.mark.parametrize("recipe", ["nft", "kvpo"])
+def test_sharded_ranks_do_not_part_over_gated_empty_and_non_finite_steps(recipe: str, tmp_path: Path):
+    (alone,) = results(1, tmp_path / "single", partial(troubled, recipe=recipe, shard=False))
+    assert alone[1]["train/active_clips"] == 0 and alone[2] == {"train/skipped_steps": 1.0}
+    for rank in results(2, tmp_path / "ranks", partial(troubled, recipe=recipe)):
+        for one, other in zip(alone, rank, strict=True):
+            assert other == pytest.approx(one, rel=1e-6, abs=1e-9)
 
 
 def means(world: World) -> dict[str, Any]:

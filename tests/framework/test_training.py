@@ -17,6 +17,8 @@ from framework.data.scenes import PromptFile, ShapesCaptions
 from framework.evaluation import HeldOut
 from framework.kernels import Ode
 from framework.optimization import AdamW, Constant, Ramp
+from framework.types import Scores, VideoBatch
+from rewards.failure import SkipComponent
 from rewards.shapes import ShapesReward
 from strategies.exploration.causal_history_routing import CausalHistoryRouting
 from strategies.exploration.noise_endpoint import NoiseEndpoint
@@ -93,6 +95,24 @@ def test_a_dry_run_does_a_step_and_writes_nothing(tmp_path: Path, capsys: pytest
     said = "".join(capsys.readouterr())
     assert "dry run: one step done, nothing written; 2 steps would train on 8 clips" in said
     assert "replay of a stored rollout" in said and "LoRA rank 4 on 20 modules" in said
+
+
+class Half(ShapesReward):
+    """Has no motion score for every other clip."""
+
+    def score(self, videos: VideoBatch) -> Scores:
+        scores = super().score(videos)
+        unseen = torch.arange(len(videos)) % 2 == 1
+        return Scores.of({n: v.masked_fill(unseen, torch.nan) if n == "MQ" else v for n, v in scores.values.items()})
+
+
+def test_a_start_that_cannot_be_judged_ends_the_run_before_it_trains_and_not_at_its_report(tmp_path: Path):
+    with pytest.raises(ValueError, match="before training has no 'MQ' for 2 of 4 clips"):
+        run(tmp_path / "run", evaluation=held_out(reward=Half()))
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+    with pytest.raises(ValueError, match="no reward signal to learn from"):
+        run(tmp_path / "other", reward=SkipComponent(ShapesReward()))
+    assert not (tmp_path / "other").exists()
 
 
 def everything(folder: Path) -> dict[str, bytes]:

@@ -6,7 +6,8 @@ these do not say is the packaged set's:
     {"text": {hidden_size, …}, "vision": {depth, …}, "tokens": {"image": 300, …, "VQ": 310, …, "reward": 313},
      "lora": {"rank": 4, "alpha": 8}, "videoalign": {"rows": [ROW, …]}, "hpsv3": {"rows": [ROW, …]}}
 
-with ROW = {"frame_seed": 11, "shape": [T, H, W] or [H, W], "text_seed": 20, "text_tokens": 40}.
+with ROW = {"frame_seed": 11, "shape": [T, H, W] or [H, W], "text_seed": 20, "text_tokens": 40}. What shapes cannot say
+and no config says: numbers of heads, alpha (see `tests.golden.rewards`), and constants of the text model.
 """
 
 import inspect
@@ -26,6 +27,7 @@ from transformers import Qwen2VLConfig
 from rewards.preprocess import normalise, patchify, token_count
 from rewards.qwen2vl import LinearHead, PreferenceHead, Qwen2VLReward, RewardTokens
 from rewards.qwen2vl_loading import UnmergedLoRA, load_reward
+from tests.golden.tiny_rows import drawn_frames, known_rows, known_tokens
 
 TEXT = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -87,8 +89,12 @@ class Setup:
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> "Setup":
-        """From a golden document: the scores' with the key lists' of its companion in it."""
+        """From a golden document: the scores' with the key lists' of its companion in it.
+
+        Raises ValueError for a config with an entry that nothing reads.
+        """
         given = document.get("config", document.get("hparams", {}))
+        check_config(given)
         shapes = {
             canonical(key): entry[0]
             for model in MODELS
@@ -96,11 +102,24 @@ class Setup:
             for key, entry in document[model].get("parameters", {}).items()
         }
         text = TEXT | _text_sizes(shapes) | given.get("text", {})
-        text |= {} if "mrope_section" in given.get("text", {}) else {"mrope_section": _sections(text)}
-        rows = {model: given.get(model, {}).get("rows") or _rows(document.get(model), ROWS[model]) for model in MODELS}
+        text |= {} if "mrope_section" in given.get("text", {}) else {"mrope_section": sections(text)}
         lora = LORA | _lora_sizes(shapes) | given.get("lora", {})
         vision = VISION | {"hidden_size": text["hidden_size"]} | _vision_sizes(shapes) | given.get("vision", {})
-        tokens = TOKENS | given.get("tokens", {})
+        tokens = dict(TOKENS)
+        for model in MODELS:
+            tokens = known_tokens(model, document.get(model), tokens, text["vocab_size"])
+        tokens |= given.get("tokens", {})
+        rows = {
+            model: given.get(model, {}).get("rows")
+            or known_rows(
+                model,
+                document.get(model),
+                document.get(f"{model}_pixel_sum"),
+                ROWS[model],
+                lambda row, grid, model=model: row_of_tokens(model, row, grid, tokens),
+            )
+            for model in MODELS
+        }
         head = shapes.get("rm_head.weight", [1])[0]
         return cls(text, vision, tokens, UnmergedLoRA(lora["rank"], lora["alpha"]), rows, given.get("output_dim", head))
 
@@ -195,13 +214,7 @@ class Setup:
 
     def frames(self, model: str) -> list[Tensor]:
         """The batch's frames [T, 3, H, W] in 0 … 255, float32; an image is one frame."""
-        out = []
-        for row in self.rows[model]:
-            *count, height, width = row["shape"]
-            shape = (*(count or [1]), 3, height, width)
-            drawn = np.random.RandomState(row["frame_seed"]).randint(0, 256, shape if count else shape[1:])
-            out.append(torch.from_numpy(drawn.astype(np.float32)).view(shape))
-        return out
+        return [drawn_frames(row) for row in self.rows[model]]
 
     def patches(self, model: str) -> tuple[Tensor, list[tuple[int, int, int]]]:
         """What the vision tower is given: patches of all rows, and their grids."""
@@ -210,24 +223,29 @@ class Setup:
 
     def token_rows(self, model: str, grids: Sequence[tuple[int, int, int]]) -> list[list[int]]:
         """The batch's rows of token ids."""
-        ids, out = self.tokens, []
-        for row, grid in zip(self.rows[model], grids, strict=True):
-            if "input_ids" in row:
-                out.append(list(row["input_ids"]))
-                continue
-            s = (
-                np.random.RandomState(row["text_seed"])
-                .randint(0, row.get("text_bound", 290), row["text_tokens"])
-                .tolist()
-            )
-            vision = [ids["video" if model == "videoalign" else "image"]] * token_count(grid)
-            shown = [ids["vision_start"], *vision, ids["vision_end"]]
-            if model == "videoalign":
-                judged = [*s[5:15], ids["VQ"], *s[15:22], ids["MQ"], *s[22:28], ids["TA"], *s[28:]]
-                out.append([*s[:5], *shown, *judged])
-            else:
-                out.append([*s[:4], *shown, *s[4:20], ids["reward"], *s[20:]])
-        return out
+        return [row_of_tokens(model, row, grid, self.tokens) for row, grid in zip(self.rows[model], grids, strict=True)]
+
+
+def row_of_tokens(model: str, row: Mapping[str, Any], grid: tuple[int, int, int], ids: Mapping[str, int]) -> list[int]:
+    """A row's token ids: given, or drawn around its vision and reward tokens."""
+    if "input_ids" in row:
+        return list(row["input_ids"])
+    s = np.random.RandomState(row["text_seed"]).randint(0, row.get("text_bound", 290), row["text_tokens"]).tolist()
+    vision = [ids["video" if model == "videoalign" else "image"]] * token_count(grid)
+    shown = [ids["vision_start"], *vision, ids["vision_end"]]
+    if model == "videoalign":
+        return [*s[:5], *shown, *s[5:15], ids["VQ"], *s[15:22], ids["MQ"], *s[22:28], ids["TA"], *s[28:]]
+    return [*s[:4], *shown, *s[4:20], ids["reward"], *s[20:]]
+
+
+def check_config(given: Mapping[str, Any]) -> None:
+    """Raises ValueError for an entry of a file's config that nothing reads: its values would be taken for others."""
+    known = {"text": TEXT, "vision": VISION, "tokens": TOKENS, "lora": LORA} | {model: {"rows": ()} for model in MODELS}
+    unread = sorted(given.keys() - known.keys() - {"output_dim"})
+    for name, table in known.items():
+        unread += [f"{name}.{part}" for part in given.get(name, {}) if part not in table]
+    if unread:
+        raise ValueError(f"the config has entries that nothing reads: {unread}")
 
 
 def multimodal_positions(
@@ -241,22 +259,6 @@ def multimodal_positions(
     if "mm_token_type_ids" in inspect.signature(find).parameters:  # transformers 5.0 finds the vision tokens itself
         sizes["mm_token_type_ids"] = kinds
     return find(input_ids=ids, attention_mask=mask, **sizes)[0]
-
-
-def _rows(companion: Any, packaged: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The packaged rows; with another number or size of rows in the key-list file, as that says."""
-    if not isinstance(companion, dict) or "grid_thw" not in companion:
-        return [dict(row) for row in packaged]
-    if len(companion["grid_thw"]) != len(packaged):
-        raise ValueError(
-            f"the file has {len(companion['grid_thw'])} rows, but no config says the seeds of their frames"
-        )
-    rows = []
-    for row, (t, h, w), ids in zip(packaged, companion["grid_thw"], companion["input_ids"], strict=True):
-        frames = [2 * t] if len(row["shape"]) == 3 else []
-        shape = [*frames, 14 * h, 14 * w]
-        rows.append(dict(row) if shape == row["shape"] else {**row, "shape": shape, "input_ids": ids})
-    return rows
 
 
 def _text_sizes(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
@@ -292,7 +294,7 @@ def _lora_sizes(shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
     return {"rank": ranks.pop()} if len(ranks) == 1 else {}
 
 
-def _sections(text: Mapping[str, Any]) -> list[int]:
+def sections(text: Mapping[str, Any]) -> list[int]:
     """The packaged sections, or for another head size an eighth for time and the rest for height and width."""
     half = text["hidden_size"] // text["num_attention_heads"] // 2
     if half == sum(TEXT["mrope_section"]):

@@ -75,7 +75,8 @@ def conversation(model: str, text: str | None = None, tokens: RewardTokens | Non
 
 def video_align(**changed) -> VideoAlign:
     """The tiny VideoAlign."""
-    return VideoAlign(reward("videoalign"), conversation("videoalign"), **{"pixels": SMALL, **changed})
+    parts = {"model": reward("videoalign"), "conversation": conversation("videoalign"), "pixels": SMALL}
+    return VideoAlign(**parts | changed)
 
 
 def hps(**changed) -> HPSv3:

@@ -133,6 +133,15 @@ def test_a_prompt_longer_than_clip_reads_is_refused_or_cut_as_told():
     assert len(letters) == 22 and not torch.equal(cut.embed_texts([long]), cut.embed_texts(["a cat that runs and ru"]))
 
 
+@pytest.mark.parametrize("token", ["<|startoftext|>", "<|endoftext|>"])
+def test_a_prompt_that_ends_itself_early_is_refused(token: str):
+    """The text is read off at the first end token, so that the rest of such a prompt would be judged by nobody."""
+    with pytest.raises(ValueError, match=r"contains the special token <\|(start|end)oftext\|>,"):
+        tiny_clip_encoder().embed_texts([f"a cat{token} that dances"])
+    with pytest.raises(ValueError, match="special token"):  # CLIP's tokenizer lowers the case before it looks
+        tiny_clip_encoder().embed_texts([f"a cat{token.upper()}"])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -12,18 +12,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from framework.advantages import GroupRelative
-from framework.commands.train import check_settled
+from framework.commands.train import check_settled, start_lines
 from framework.distributed import World
 from framework.interfaces import RewardFailed, RewardModel
+from framework.judging import scored as scored_by
 from framework.nonfinite import NonFinite, Skip
 from framework.optimization import AdamW
 from framework.types import Scores, VideoBatch
 from rewards.caching import CachedReward
 from rewards.composite import CompositeReward, WeightedReward
 from rewards.failure import Mask, Raise, SkipComponent, dropped
+from strategies.regularizers.branch_kl import BranchKL
 from strategies.regularizers.selective_kl import SelectiveKL
 from tests.framework.test_trainer import make_trainer, moved, weights
-from tests.ranks import run_ranks
+from tests.ranks import make, results, run_ranks
 from tests.support import Brightness, holds, refuted
 
 PATTERNS = st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=4)
@@ -175,10 +177,10 @@ def test_a_signal_that_is_only_looked_at_may_fail_and_changes_nothing() -> None:
         metrics = trainer.step()
         return weights(trainer), metrics
 
-    alone, _ = weights_after(Brightness())
+    alone, plain = weights_after(Brightness())
     for side in (Failing(("side",)), Failing(("side",), clips=(1,)), Failing(("side",), down=True)):
         beside, metrics = weights_after(Brightness(), SkipComponent(side))
-        assert moved(alone, beside) == 0
+        assert moved(alone, beside) == 0 and metrics["reward/total"] == plain["reward/total"]
         assert ("reward/side/mean" in metrics) is not side.down
         assert metrics["reward/side/invalid"] == (1.0 if side.down else len(side.clips) / 8)
     learned, _ = weights_after(Brightness(), Failing(("side",)))
@@ -202,6 +204,25 @@ def test_a_policy_that_nobody_would_ask_is_refused() -> None:
             with pytest.raises(ValueError, match="cannot hold Mask"):
                 wrap(model)
         wrap(CompositeReward((Brightness(),)))
+
+
+@pytest.mark.parametrize("policy", [Mask, Raise])
+def test_a_policy_around_several_rewards_leaves_alone_what_is_only_looked_at(policy: type[Mask | Raise]) -> None:
+    def trained(reward: RewardModel) -> dict[str, Tensor]:
+        trainer = make_trainer(reward=policy(reward), optimizer=AdamW(1e-3))
+        assert "reward/side/invalid" in trainer.step() or reward.signals == Brightness().signals
+        return weights(trainer)
+
+    alone = trained(CompositeReward((Brightness(),)))
+    for side in (Failing(("side",)), Failing(("side",), down=True)):
+        assert moved(alone, trained(CompositeReward((SkipComponent(side), Brightness())))) == 0
+
+
+def test_a_run_needs_a_signal_that_it_learns_from() -> None:
+    for reward in (SkipComponent(Brightness()), Mask(SkipComponent(Brightness()))):
+        judged = reward.settle(reward.score(batch(4)), torch.zeros(4, dtype=torch.long))
+        with pytest.raises(ValueError, match="no reward signal to learn from"):
+            check_settled(BranchKL(1.0), judged)
 
 
 def test_dropping_leaves_other_signals_alone() -> None:
@@ -230,3 +251,38 @@ def test_a_reward_that_is_down_on_one_rank_is_settled_alike_on_all(tmp_path: Pat
     outcomes = run_ranks(2, tmp_path, settled_on)
     assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
     assert outcomes[0].result == outcomes[1].result == ([True] * 4 + [False] * 4, [8, 2], 0.5)
+
+
+class Turned(Failing):
+    """Gives its scores in another order than it names them, and in another dtype; bright is one too much."""
+
+    def score(self, videos: VideoBatch) -> Scores:
+        scores = super().score(videos)
+        return Scores.of({name: scores.values[name].double() + i for i, name in enumerate(reversed(self.signals))})
+
+
+def exchanged(world: World, ordered: bool) -> list[float]:
+    """The red of one clip of each rank, which is 0.5, as a rank gets to know it."""
+    reward = Failing() if world.rank else Turned()
+    scores = scored_by(reward, batch(1)) if ordered else reward.score(batch(1))
+    return world.gather_scores(scores, world.size).values["red"].tolist()
+
+
+@pytest.mark.slow
+def test_ranks_exchange_scores_in_one_order_and_dtype(tmp_path: Path) -> None:
+    right = [pytest.approx(0.5, abs=0.01)] * 2
+    assert results(2, tmp_path, exchanged, True) == [right, right]
+    assert results(2, tmp_path / "planted", exchanged, False) != [right, right]
+
+
+def remembered_at_the_start(world: World) -> int:
+    """What the policy remembers of the self-check, in which the reward of the last rank is down."""
+    trainer = make("nft", world, reward=Mask(Failing(down=world.rank == world.size - 1), patience=9))
+    start_lines(trainer, 1e-3)
+    return trainer.reward.state_dict()["in_a_row"]
+
+
+@pytest.mark.slow
+def test_a_failure_at_the_start_of_one_rank_is_remembered_alike_on_all(tmp_path: Path) -> None:
+    one, other = results(2, tmp_path, remembered_at_the_start)
+    assert one == other

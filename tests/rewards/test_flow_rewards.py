@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -103,6 +103,13 @@ def test_the_check_of_the_flag_sees_another_quota_and_another_side(mutant: Calla
 def test_the_quota_is_a_quarter_of_the_frames_rounded_half_to_even(frames: int, above: int, flag: int):
     motion = torch.tensor([[7.0] * above + [1.0] * (frames - 1 - above)])
     assert enough_motion(motion, 256, 400).item() == flag
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+@pytest.mark.parametrize("rule", ["mean", "flag"])
+def test_a_flow_that_is_no_number_is_no_stillness(rule: Literal["mean", "flag"], broken: float):
+    scores = DynamicDegree(KnownFlow(broken, 0), rule).score(batch(clocked(17, 64, 64), 8.0))
+    assert scores.values["dynamic_degree"].isnan().all() and not scores.valid["dynamic_degree"].any()
 
 
 def test_the_flag_is_a_reward_too():

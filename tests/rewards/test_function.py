@@ -1,5 +1,6 @@
 """A plain function becomes a reward: what it gives is checked, what it cannot score is invalid, and never a zero."""
 
+import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from framework.cli import main
 from framework.config.load import load_config
 from framework.config.registry import ConfigError
 from framework.conformance import check_reward
@@ -143,6 +145,35 @@ def test_a_gin_file_names_a_function_of_a_plugin_and_fills_its_settings_in(plugi
     )  # fmt: skip
     assert built(plugin, *lines).score(batch(red)).values["reward"].item() == 1
     assert built(plugin, *lines[:2]).score(batch(red)).values["reward"].item() == 0
+
+
+SMALL = (
+    "REWARD = @function.WindowFunction()", "function.WindowFunction.function = @their_functions.redness",
+    "function.WindowFunction.names = ['red']", "evaluation.HeldOut.members = 1", "evaluation.HeldOut.every = 0",
+    "evaluation.HeldOut.blocks = 1", "evaluation.HeldOut.controls = None", "held_out/scenes.ShapesCaptions.limit = 2",
+    "noise_endpoint.NoiseEndpoint.window_blocks = 1", "noise_endpoint.NoiseEndpoint.group_size = 3",
+    "adapters.LoRA.rank = 2", "train.prompts_per_step = 2", "train.checkpoint_every = 2",
+)  # fmt: skip
+
+
+def trained(folder: Path, plugin: str, *lines: str, steps: int, more: Sequence[str] = ()) -> list[dict[str, float]]:
+    """What a run with the plugin's function logged, without times."""
+    params = [word for line in (*SMALL, *lines) for word in ("--gin_param", line)]
+    arguments = ["--gin_file", "embedded/nft.gin", "--plugin", plugin, "--max_steps", str(steps), *params, *more]
+    assert main(["train", "--output_dir", str(folder), *arguments]) == 0
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{n: v for n, v in line.items() if not n.startswith(("time/", "memory/"))} for line in logged]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at_once", ["None", "1"])
+def test_a_run_with_a_function_of_a_plugin_goes_on_exactly(at_once: str, plugin: str, tmp_path: Path):
+    line = f"train.groups_at_once = {at_once}"
+    whole = trained(tmp_path / "whole", plugin, line, steps=4)
+    trained(tmp_path / "parts", plugin, line, steps=2)
+    go_on = ("--resume", str(tmp_path / "parts" / "checkpoints" / "step-000002"))
+    assert trained(tmp_path / "parts", plugin, line, steps=4, more=go_on) == whole
+    assert any("reward/red" in name for entry in whole for name in entry)
 
 
 def test_a_class_is_not_handed_on_with_half_of_its_settings(plugin: str):

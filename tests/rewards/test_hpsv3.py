@@ -111,6 +111,21 @@ def test_a_frame_that_cannot_be_scored_makes_its_clip_invalid(monkeypatch: pytes
         assert not bool((scores.values["HPSv3"] == 0).any())
 
 
+def test_a_frame_of_minus_infinity_hides_behind_no_better_one_and_is_no_certainty(monkeypatch: pytest.MonkeyPatch):
+    """The best frames would leave it out, and σ = exp(−∞) is a zero."""
+    score = HPSv3.score_frames
+
+    def broken(self: HPSv3, *given) -> Tensor:
+        scores = score(self, *given)
+        scores[7] = -torch.inf
+        return scores
+
+    monkeypatch.setattr(HPSv3, "score_frames", broken)
+    scores = hps(frames=AllFrames(), pooling=TopFrames(0.3), uncertainty=True).score(VIDEOS)
+    for name in ("HPSv3", "HPSv3_uncertainty"):
+        assert scores.valid[name].tolist() == [True, False, True] and bool(scores.values[name][1].isnan())
+
+
 def test_scores_have_no_graph_and_are_float32():
     value = hps().score(VIDEOS).values["HPSv3"]
     assert value.dtype == torch.float32 and not value.requires_grad

@@ -79,13 +79,35 @@ def test_a_real_conversation_has_every_reward_token_once():
 # Any text
 
 
-def test_the_package_holds_no_template():
-    words = re.compile(r"Textual prompt - |Please provide the (overall )?ratings of")
-    sources = [file for package in ("rewards", "framework", "configs", "docs") for file in (HOME / package).rglob("*")]
-    assert [
-        file for file in sources if file.suffix in (".py", ".gin", ".md", ".txt") and words.search(file.read_text())
-    ] == []
+PACKAGES = ("backbones", "benchmarks", "configs", "docs", "examples", "framework", "rewards", "strategies", "tests",
+            "theory_checks")  # fmt: skip
+
+
+def phrases(text: str, words: int = 6) -> set[str]:
+    """Runs of so many words."""
+    found = re.findall(r"\w+", text.lower())
+    return {" ".join(found[i : i + words]) for i in range(len(found) - words + 1)}
+
+
+@REAL
+def test_nothing_in_the_repository_repeats_six_words_of_a_template(template: Template):
+    files = [file for package in PACKAGES for file in (HOME / package).rglob("*")] + list(HOME.glob("*.*"))
+    texts = {
+        f: f.read_text(encoding="utf-8") for f in files if f.suffix in (".py", ".gin", ".md", ".txt", ".json", ".toml")
+    }
+    said = phrases(real_text(template))
+    assert len(said) > 200 and len(texts) > 200
+    assert [file for file, text in texts.items() if phrases(text) & said] == []
+
+
+def test_the_repository_holds_no_file_of_a_template():
     assert not list(HOME.glob("**/*_prompt.txt"))
+
+
+def test_a_conversation_of_another_text_is_refused():
+    chat = conversation("videoalign")
+    with pytest.raises(ValueError, match="VideoAlign template that was given has"):
+        type(chat)(chat.template, chat.text.replace("How", "how"), chat.tokenizer, chat.tokens)
 
 
 @pytest.mark.parametrize("ending", [" ", "\n", ""], ids=["a blank more", "a line more", "a byte less"])

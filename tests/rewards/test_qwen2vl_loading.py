@@ -116,6 +116,18 @@ def test_a_key_that_nobody_knows_is_named(model: str, expected):
             matched({**GIVEN[model], prefix + key: torch.ones(1)}, expected[model], LORA[model])
 
 
+def test_a_module_that_lacks_the_adapter_of_its_siblings_is_named(expected):
+    """Neither a merged module among unmerged ones nor one that lost its adapter is a whole file."""
+    stem = "base_model.model.model.layers.1.mlp.up_proj."
+    mixed = {
+        key.replace(".base_layer.", ".") if key.startswith(stem) else key: tensor
+        for key, tensor in GIVEN["videoalign"].items()
+        if not (key.startswith(stem) and ".lora_" in key)
+    }
+    with pytest.raises(ValueError, match=rf"3 keys missing.*{re.escape(stem)}base_layer"):
+        matched(mixed, expected["videoalign"], LORA["videoalign"])
+
+
 def test_adapters_need_their_rank_and_alpha_and_only_they_do(expected):
     with pytest.raises(ValueError, match="lora_A"):
         matched(GIVEN["videoalign"], expected["videoalign"], UnmergedLoRA(8, 16))

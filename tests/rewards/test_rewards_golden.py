@@ -185,6 +185,38 @@ def test_what_nobody_accounts_for_and_other_shapes_fail(document: dict, message:
     assert message in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"uniform_2fps": [{"T": 81, "fps": 16, "max_frames": 6, "indices": [0]}]}, "uniform_2fps: ['max_frames']"),
+        ({"uniform_2fps": []}, "uniform_2fps is empty"),
+        ({"resize_and_gray": []}, "resize_and_gray is empty"),
+        ({"smart_resize_others": [[1, 2, 3, 4]]}, "neither compared nor declared as an input: smart_resize_others"),
+        ({"hpsv3_pixel_sum": 0.0, "config": {"lora": {"factor": 2}}}, "nothing reads: ['lora.factor']"),
+        ({"resize_and_gray": [{"input": "x", "seed": 1, "shape": [1, 3, 2, 2], "to": [2, 2]}]}, "unknown kind 'x'"),
+    ],
+)
+def test_what_would_be_skipped_fails(document: dict, message: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert main([str(save(document, tmp_path / "x.json"))]) == 1
+    assert message in capsys.readouterr().out
+
+
+def test_tables_with_other_rates_and_refusals_are_taken(tmp_path: Path):
+    table = {
+        "uniform_4fps": [{"T": 17, "fps": 8, "indices": [0, 2, 5, 7, 9, 11, 14, 16]}],
+        "explicit_nframes": [
+            {"T": 81, "nframes": 1, "indices": "ValueError"},
+            {"T": 9, "nframes": 3, "indices": [0, 3, 5, 8]},
+        ],
+        "multi_pts": [{"T": 5, "fps": 16, "indices": "ValueError"}],
+        "smart_resize_hpsv3": [[10, 2001, "ValueError"], [30, 30, 448, 448]],
+    }
+    assert missed(save(table, tmp_path / "x.json")) == set()
+    table["explicit_nframes"][0]["indices"] = [0]
+    table["smart_resize_hpsv3"][1] = [30, 30, "ValueError"]
+    assert missed(save(table, tmp_path / "x.json")) == {"explicit_nframes", "smart_resize_hpsv3"}
+
+
 def test_a_file_that_is_no_table_fails(tmp_path: Path, capsys: pytest.CaptureFixture):
     for text in ("{", "[]"):
         (tmp_path / "x.json").write_text(text)

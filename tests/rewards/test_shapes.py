@@ -302,8 +302,9 @@ def test_a_clip_of_several_windows_is_scored_window_by_window_and_averaged():
 
 
 def test_a_clip_too_short_to_judge_is_invalid_and_not_zero():
-    scores = real(videos(clean([CAPTIONS[0]], 0, frames=1), [CAPTIONS[0]]))
-    assert not scores.valid["TA"].any() and scores.valid["VQ"].all()
+    for frames, judged in ((1, {"VQ"}), (2, {"VQ", "TA"}), (3, {"VQ", "MQ", "TA"})):
+        scores = real(videos(clean([CAPTIONS[0]], 0, frames=frames), [CAPTIONS[0]]))
+        assert {name for name, valid in scores.valid.items() if bool(valid.all())} == judged
 
 
 def test_videos_of_another_size_and_captions_of_another_world_are_refused():

@@ -1,5 +1,6 @@
 """VideoAlign gives VQ, MQ on a gray copy, and TA, of every window with its own prompt, whatever the batch."""
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -207,6 +208,17 @@ def test_what_scores_depend_on_is_said():
     changed = [video_align(gray_motion=False), video_align(sampling=CountedFrames(10)), video_align(normalisation=None)]
     assert all(other.details() != said and other.digest() != video_align().digest() for other in changed)
     assert video_align(batch_size=1).digest() == video_align().digest()
+
+
+def test_another_tokenizer_or_config_is_another_model():
+    """Equal weights read other words, or with another epsilon, are other scores."""
+    chat = conversation("videoalign")
+    chat.tokenizer.add_tokens(["circle"])
+    assert video_align(conversation=chat).digest() != video_align().digest()
+    other = copy.deepcopy(video_align().model)
+    assert video_align(model=other).digest() == video_align().digest()
+    other.backbone.config.text_config.rms_norm_eps = 1e-3
+    assert video_align(model=other).digest() != video_align().digest()
 
 
 # A release, as it lies on a disk

@@ -68,6 +68,21 @@ def test_the_check_of_windows_sees_failures_taken_for_scores_and_prompts_astray(
     refuted(partial(check_windows, mutant), SEEDS, SPANS)
 
 
+@pytest.mark.parametrize("broken", [torch.inf, -torch.inf, torch.nan])
+def test_a_window_that_is_no_number_is_nan_and_its_clip_invalid(broken: float):
+    windows = ((Window(0, 2, "a"), Window(2, 4, "b")),)
+    videos = VideoBatch(noise_clips(1, 4, 3, 2, 2), 5.0, windows)
+    found = score_windows(videos, ("a",), lambda f, p, fps: torch.tensor([[broken if p == ["b"] else 1.0]]))
+    assert found.values["a"].isnan().all() and not found.valid["a"].any()
+    assert found.windows["a"].isnan().tolist() == [[False, True]]
+
+
+@pytest.mark.parametrize("fps", [0, -16, float("nan"), float("inf")])
+def test_clips_without_a_true_frame_rate_are_refused(fps: float):
+    with pytest.raises(ValueError, match=r"VideoBatch.fps must be positive and finite"):
+        VideoBatch(noise_clips(1, 4, 3, 2, 2), fps, ((Window(0, 4, "a"),),))
+
+
 def test_columns_of_windows_that_a_clip_does_not_have_are_nan_and_its_score_is_valid():
     windows = ((Window(0, 3, "a"), Window(3, 6, "b")), (Window(0, 6, "c"),))
     found = score_windows(VideoBatch(noise_clips(2, 6, 3, 2, 2), 5.0, windows), ("a", "b"), judge)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from backbones.embedded.generator import ShapesGenerator
 from framework.data.scenes import ShapesCaptions
 from framework.data.shapes import PreferenceWorld
+from framework.distillation_interfaces import PretrainingStage
 from framework.flow import X0_SIGMA_FLOOR, add_noise, expand_sigma
-from framework.interfaces import PretrainingStage
 from framework.rng import Streams
 from framework.types import Probes
 from strategies.distillation.dmd import DistributionMatching, dmd_gradient

@@ -1,8 +1,9 @@
 """Whatever goes wrong between a run and its reward service, no score is made up: it is right, invalid, or an error."""
 
+import asyncio
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,10 @@ import torch
 from framework.interfaces import RewardFailed
 from framework.serving.protocol import MEDIA_TYPE, Answer, Request, encode_request
 from framework.serving.scoring import Busy
-from framework.serving.service import build_app
+from framework.serving.service import RewardService, build_app
 from framework.types import Scores, VideoBatch
-from rewards.failure import Mask
+from rewards.composite import CompositeReward
+from rewards.failure import Mask, Raise, SkipComponent
 from rewards.service.calling import Patience, Refused
 from rewards.service.client import AnotherModel, HttpReward
 from tests.rewards.service.serving import (
@@ -89,6 +91,43 @@ def test_the_deadline_ends_retries_before_they_are_used_up() -> None:
         with pytest.raises(RewardFailed, match="attempt 2, after 10 s"):
             reward.score(clips(5))
         assert transport.asked == 2
+
+
+class Drip(httpx.SyncByteStream):
+    """An answer of which a byte comes every second, and never the last."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def __iter__(self) -> Iterator[bytes]:
+        while True:
+            self.clock.sleep(1.0)
+            yield b"."
+
+
+def test_an_answer_that_trickles_in_is_too_late_like_one_that_never_comes() -> None:
+    clock = Clock()
+    with service_of() as service:
+        patience = Patience(backoff_s=0.0, retries=1)
+        drip: Fault = lambda _: httpx.Response(200, stream=Drip(clock))  # noqa: E731
+        reward, transport = client_of(service, [drip] * 9, clock=clock, patience=patience, timeout_s=20.0)
+        with pytest.raises(RewardFailed, match=r"not complete after .* \(attempt 2, after 4\d s\)"):
+            reward.score(clips(1))
+        assert transport.asked == 2
+
+
+def test_an_answer_that_cannot_be_unpacked_is_asked_for_again() -> None:
+    with service_of() as service:
+        broken: Fault = lambda _: httpx.Response(200, headers={"Content-Encoding": "gzip"}, stream=Raw())  # noqa: E731
+        reward, transport = client_of(service, [broken], patience=Patience(backoff_s=0.0))
+        assert same(reward.score(clips(5)), EXPECTED) and transport.asked == 2
+
+
+class Raw(httpx.SyncByteStream):
+    """No gzip."""
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield b"abcd"
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 413, 415, 422])
@@ -395,6 +434,29 @@ def test_a_service_that_no_longer_gives_the_score_of_its_self_test_is_not_ready(
         assert "the self-test gives bright=nan" in str(reward.unavailable())
 
 
+def test_a_service_in_the_middle_of_a_long_batch_says_at_once_that_it_is_ready(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    going, done = threading.Event(), threading.Event()
+
+    class Long(Counted):
+        def score(self, videos: VideoBatch) -> Scores:
+            if len(videos) > 1:
+                going.set()
+                assert done.wait(10)
+            return super().score(videos)
+
+    with service_of(Long()) as service:
+        monkeypatch.setattr("framework.serving.service.RETEST_S", 0.0)
+        answer = service.queue.submit(Request.of(clips(2), service.digest))
+        assert going.wait(10)
+        try:
+            assert asyncio.run(asyncio.wait_for(service.unready(), 5)) is None
+        finally:
+            done.set()
+        assert len(answer.result(10).clips) == 2
+
+
 def test_rewards_that_cannot_score_the_self_test_or_remember_are_not_served() -> None:
     with pytest.raises(ValueError, match="no score in every signal"), service_of(Counted(failing=tuple(range(256)))):
         pass
@@ -408,6 +470,14 @@ def test_rewards_that_cannot_score_the_self_test_or_remember_are_not_served() ->
     said = "Broken cannot score the clip of the self-test: no such; kernel"
     with pytest.raises(ValueError, match=said), service_of(Broken()):
         pass
+
+
+def test_a_failure_policy_is_not_served_since_nobody_would_ask_it() -> None:
+    for model in (Raise(Brightness()), SkipComponent(Brightness()), CompositeReward((SkipComponent(Brightness()),))):
+        with pytest.raises(ValueError, match="put the policy around the client"):
+            RewardService(model, PROBE)
+    with service_of(CompositeReward((Brightness(),))) as service:
+        assert service.queue.alive
 
 
 def test_nobody_at_the_port_is_said_before_a_run_starts() -> None:

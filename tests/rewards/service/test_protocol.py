@@ -1,9 +1,11 @@
 """What travels arrives as it was sent, bit for bit; anything else is refused before it is believed."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
+import numpy
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -147,6 +149,30 @@ def test_the_digest_tells_models_settings_and_weights_apart_and_nothing_else() -
         digests = [model_digest(m) for m in (ShapesReward(), Brightness(), Counted(), Counted("b"), layer(0), layer(1))]
         assert len(set(digests)) == len(digests)
         assert model_digest(layer(0)) == model_digest(layer(0)) and model_digest(ShapesReward()) == digests[0]
+
+    class Module(torch.nn.Module, Brightness):
+        def __init__(self, scale: float, words: str) -> None:
+            super().__init__()
+            self.scale, self.words, self.norm = scale, words, torch.nn.LayerNorm(2, eps=scale)
+
+    @dataclass(frozen=True)
+    class Loaded(Brightness):
+        folder: str = "weights"
+
+        def __post_init__(self) -> None:
+            object.__setattr__(self, "network", torch.nn.Linear(2, 2))
+
+    @dataclass(frozen=True)
+    class Held(Brightness):
+        part: Any = None
+
+    different = [
+        Module(1.0, "a"), Module(2.0, "a"), Module(1.0, "b"), Loaded(), Loaded(),
+        *(Held(part) for part in (numpy.zeros(2), numpy.ones(2), torch.nn.LayerNorm(2), torch.nn.LayerNorm(2, 1e-1))),
+        *(Held(Counted(words).score) for words in "ab"),
+    ]  # fmt: skip
+    assert len({model_digest(model) for model in different}) == len(different)
+    assert model_digest(Module(1.0, "a")) == model_digest(different[0])
 
     class Named(Brightness):
         def digest(self) -> str:

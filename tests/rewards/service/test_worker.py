@@ -41,6 +41,20 @@ def test_a_worker_scores_bit_for_bit_what_is_scored_here_in_any_order_of_memory(
 
 
 @pytest.mark.slow
+def test_the_answer_to_a_question_that_was_interrupted_is_not_that_of_the_next(
+    worker: WorkerReward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    assert worker.unavailable() is None
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("multiprocessing.connection.Connection.poll", interrupted)
+        worker.score(clips(2))
+    assert same(worker.score(clips(5)), EXPECTED)
+
+
+@pytest.mark.slow
 def test_what_the_reward_raises_is_raised_here_and_the_worker_goes_on(worker: WorkerReward) -> None:
     with pytest.raises(ValueError, match="one frame per second; is none") as caught:
         worker.score(at(1))
