@@ -205,8 +205,9 @@ def distances(policy: HistoryPolicy, visible: Sequence[int], start: int, length:
 
 
 def check_relative_is_absolute(sink: int, setting: Setting) -> None:
-    setting = replace(setting, sink=sink, window=(setting.window or 6) - setting.sink + sink, streams=1)
-    policy = SinkWindow(sink, setting.window or 6)
+    recent = 6 if setting.window is None else setting.window - setting.sink
+    setting = replace(setting, sink=sink, window=sink + recent, streams=1)
+    policy = SinkWindow(sink, sink + recent)
     slots = replace(policy, relative=True)
     for start, stop in setting.spans:
         seen = policy.visible(start, stop - start)
