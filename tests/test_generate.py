@@ -304,17 +304,14 @@ def test_ctrl_c_ends_the_stream_and_keeps_its_video(tmp_path: Path, monkeypatch:
 
 def test_the_end_of_the_input_ends_a_stream_without_a_length_and_no_other():
     def told(blocks: int | None) -> list[tuple]:
+        before = set(threading.enumerate())
         lines = Lines(io.StringIO(f"\n{A}\n{B}\n"))
-        return [(d.prompts, d.cut) for d in _slowly(converse(lines, None, blocks))]
+        for thread in set(threading.enumerate()) - before:
+            thread.join()  # all is read before the first block is made
+        return [(d.prompts, d.cut) for d in converse(lines, None, blocks)]
 
     assert told(None) == [((A,), False), ((B,), False)]
     assert told(4) == [((A,), False), ((B,), False), ((None,), False), ((None,), False)]
-
-
-def _slowly(directions: Iterator) -> Iterator:
-    for direction in directions:
-        threading.Event().wait(0.05)  # the thread has read on by then
-        yield direction
 
 
 def test_a_script_is_no_first_prompt(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

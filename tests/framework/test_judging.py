@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -28,10 +29,10 @@ KEEP = frozenset({Endpoints, Predictions})
 
 
 class Watched(Brightness):
-    """Says on which thread each batch was scored and when; may be slow, or fail at some batch."""
+    """Says on which thread each batch was scored; may wait for something, or fail at some batch."""
 
-    def __init__(self, slow: float = 0.0, fails: int | None = None) -> None:
-        self.slow, self.fails = slow, fails
+    def __init__(self, until: Callable[[int], None] = lambda batch: None, fails: int | None = None) -> None:
+        self.until, self.fails = until, fails
         self.prompts: list[list[str]] = []
         self.threads: set[str] = set()
         self.running = 0
@@ -41,7 +42,7 @@ class Watched(Brightness):
         try:
             self.threads.add(threading.current_thread().name)
             self.prompts.append(videos.prompts)
-            time.sleep(self.slow)
+            self.until(len(self.prompts) - 1)
             if self.fails == len(self.prompts) - 1:
                 raise RewardFailed(f"batch {self.fails}")
             return super().score(videos)
@@ -76,7 +77,7 @@ def test_scores_and_records_are_those_of_all_groups_at_once_in_the_same_order(gr
 
 
 def test_the_thread_changes_no_bit() -> None:
-    _, behind = judged(1, Watched(0.01), dtype=torch.float32)
+    _, behind = judged(1, Watched(), dtype=torch.float32)
     generator = tiny_generator()
     for g, plan in enumerate(group_plans(PROMPTS[:3], branches=2, blocks=2)):
         with Judging(generator, Brightness()) as judging:
@@ -89,18 +90,28 @@ def test_the_thread_changes_no_bit() -> None:
 def test_groups_are_scored_one_after_the_other_on_one_thread_while_the_next_is_rolled_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    reward, seen = Watched(0.05), []
+    begun, rolled = ([threading.Event() for _ in range(3)] for _ in range(2))
+    seen: list[int] = []
+
+    def until(batch: int) -> None:
+        """Scoring a group lasts as long as the rollout of the next one."""
+        begun[batch].set()
+        assert rolled[min(batch + 1, 2)].wait(20), "nothing was rolled out in the meantime"
 
     def watched(*arguments: Any) -> Tape:
         tape = roll_out(*arguments)
+        assert not seen or begun[len(seen) - 1].wait(20), "the group before was not scored in the meantime"
         seen.append(reward.running)
+        rolled[len(seen) - 1].set()
         return tape
 
+    reward = Watched(until)
     monkeypatch.setattr("framework.judging.roll_out", watched)
     judged(1, reward)
     assert reward.prompts == [[prompt] * 2 for prompt in PROMPTS[:3]]
     assert len(reward.threads) == 1 and reward.threads.pop().startswith("scoring")
-    assert seen[0] == 0 and max(seen) == 1, "something was scored during a rollout"
+    assert seen == [0, 1, 1], "one group is scored during the rollout of the next"
+    monkeypatch.undo()
     plain = Watched()
     judged(None, plain)
     assert plain.threads == {threading.current_thread().name} and len(plain.prompts) == 1
@@ -137,7 +148,7 @@ def test_every_recipe_learns_the_same_from_groups_that_are_scored_behind(
 
 @pytest.mark.parametrize("fails", [0, 1])
 def test_an_error_of_the_scoring_thread_ends_the_step_and_nothing_is_scored_after_it(fails: int) -> None:
-    reward = Watched(0.05, fails)
+    reward = Watched(fails=fails)
     trainer = make_trainer(reward=reward, groups_at_once=1)
     before, threads = weights(trainer), threading.active_count()
     with pytest.raises(RewardFailed, match=f"batch {fails}"):

@@ -24,8 +24,8 @@ from tests.support import tiny_generator
 pytestmark = pytest.mark.slow
 
 
-def some_steps(world: World, folder: Path, steps: int, shard: bool = True, resume: str = "auto") -> list[float]:
-    """Full fine-tuning of a tiny generator up to a step, as `train` does it; the losses of the run."""
+def some_steps(world: World, folder: Path, steps: int, shard: bool = True, resume: str = "auto") -> None:
+    """Full fine-tuning of a tiny generator up to a step, as `train` does it."""
     arguments: dict[str, Any] = of_config("embedded/nft.gin")() | {
         "generator": tiny_generator(), "adaptation": FullFineTuning(), "optimizer": AdamW(1e-4), "prompts_per_step": 2,
         "distribution": Distribution(timeout_s=60, shard_base=shard and world.size > 1), "output_dir": str(folder),
@@ -34,6 +34,10 @@ def some_steps(world: World, folder: Path, steps: int, shard: bool = True, resum
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("framework.commands.train.write_report", lambda report: None)
         train(**arguments)
+
+
+def losses_of(folder: Path) -> list[float]:
+    """The losses that a job has written: read after its end, for only the first rank writes and none waits for it."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line["train/loss"] for line in lines if "train/loss" in line]
 
@@ -53,13 +57,13 @@ def final(folder: Path) -> dict[str, torch.Tensor]:
 
 def resumed_by(size: int, runs: Path, folder: Path, shard: bool = True) -> list[float]:
     shutil.copytree(runs / "cut", folder)
-    return results(size, folder.with_name("ranks"), some_steps, folder, 4, shard, str(folder))[0]
+    results(size, folder.with_name("ranks"), some_steps, folder, 4, shard, str(folder))
+    return losses_of(folder)
 
 
 def test_a_sharded_run_goes_on_bit_for_bit(runs: Path, tmp_path: Path):
     losses = resumed_by(2, runs, tmp_path / "run")
-    whole = [json.loads(line) for line in (runs / "whole" / "metrics.jsonl").read_text().splitlines()]
-    assert losses == [line["train/loss"] for line in whole if "train/loss" in line] and len(losses) == 4
+    assert losses == losses_of(runs / "whole") and len(losses) == 4
     one, other = final(runs / "whole"), final(tmp_path / "run")
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     files = sorted(path.name for path in (runs / "whole" / "checkpoints" / "step-000004").iterdir())
@@ -84,8 +88,8 @@ def test_sharded_ranks_go_on_with_what_one_process_wrote(runs: Path, tmp_path: P
     folder = tmp_path / "run"
     results(1, tmp_path / "first", some_steps, folder, 2)
     assert not list(folder.glob("checkpoints/*/shard-*"))
-    losses = results(2, tmp_path / "second", some_steps, folder, 4, True, str(folder))[0]
-    assert len(losses) == 4 and len(list(folder.glob("checkpoints/step-000004/shard-*"))) == 2
+    results(2, tmp_path / "second", some_steps, folder, 4, True, str(folder))
+    assert len(losses_of(folder)) == 4 and len(list(folder.glob("checkpoints/step-000004/shard-*"))) == 2
     one, other = final(runs / "whole"), final(folder)
     assert max(float((one[name] - other[name]).abs().max()) for name in one) < 2e-4
 

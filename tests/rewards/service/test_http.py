@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -362,7 +361,7 @@ def test_a_client_that_gave_up_waiting_finds_its_first_question_answered() -> No
     model = Stuck()
     with service_of(model) as service:
         listening = Listening(service, free_port())
-        reward = HttpReward([f"http://127.0.0.1:{listening.port}"], timeout_s=0.5, timeout_per_frame_s=0.0)
+        reward = HttpReward([f"http://127.0.0.1:{listening.port}"], timeout_s=1.0, timeout_per_frame_s=0.0)
         reward.handshake()
         model.go.clear()
         reward.wire = replace(reward.wire, sleep=lambda seconds: model.go.set())
@@ -370,7 +369,7 @@ def test_a_client_that_gave_up_waiting_finds_its_first_question_answered() -> No
         try:
             assert same(reward.score(clips(5)), EXPECTED)
             assert model.count == 2, "the self-test and one batch, although it was asked for twice"
-            assert reward.metrics()["time/reward_retries"] == 1
+            assert reward.metrics()["time/reward_retries"] >= 1
         finally:
             listening.stop()
 
@@ -480,10 +479,10 @@ def test_a_failure_policy_is_not_served_since_nobody_would_ask_it() -> None:
         assert service.queue.alive
 
 
-def test_nobody_at_the_port_is_said_before_a_run_starts() -> None:
-    reward = HttpReward([f"http://127.0.0.1:{free_port()}"], timeout_s=2.0)
-    started = time.monotonic()
-    assert "ConnectError" in str(reward.unavailable()) and time.monotonic() - started < 2
+def test_nobody_at_the_port_is_said_before_a_run_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    reward = HttpReward([f"http://127.0.0.1:{free_port()}"], timeout_s=20.0)
+    monkeypatch.setattr(Patience, "pause", lambda *_: pytest.fail("it is asked once more"))
+    assert "ConnectError" in str(reward.unavailable())
     with pytest.raises(ValueError, match=r"HttpReward\.urls must list services"):
         HttpReward(["127.0.0.1:8100"])
     with service_of() as service:

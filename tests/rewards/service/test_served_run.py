@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -188,12 +187,14 @@ def test_what_a_service_refuses_is_one_line(tmp_path: Path, capsys: pytest.Captu
     assert not (tmp_path / "run").exists()
 
 
-def test_evaluate_and_score_ask_a_service_that_is_down_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_and_score_ask_a_service_that_is_down_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Patience, "pause", lambda *_: pytest.fail("it is asked once more"))
     urls = f"client.HttpReward.urls = ['http://127.0.0.1:{free_port()}']"
     nobody = ["--gin_file", "rewards/served.gin", "--gin_param", urls]
     judged = ["evaluate", "--gin_file", "embedded/evaluate.gin", "--gin_param", "evaluation.HeldOut.reward = %REWARD"]
     for command in (judged, ["score", "some.mp4", "--prompt", "a"]):
-        started = time.monotonic()
         assert main([*command, *nobody, "--output_dir", str(tmp_path / "out")]) == 1
         assert "HttpReward cannot score: http://127.0.0.1" in capsys.readouterr().err
-        assert time.monotonic() - started < 10 and not (tmp_path / "out").exists()
+        assert not (tmp_path / "out").exists()
