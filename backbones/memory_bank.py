@@ -15,6 +15,7 @@ from torch import Tensor
 
 from backbones.history import HistoryPolicy, Memory, SinkWindow
 from backbones.visible import LayerKV, spread
+from framework.arguments import check_counts
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,7 @@ class MemoryBank(HistoryPolicy):
                 f"MemoryBank.window counts the sink and the current block: it must exceed sink={self.sink}, "
                 f"got window={self.window}"
             )
-        for name in ("size", "interval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"MemoryBank.{name} must be at least 1, got {getattr(self, name)}")
+        check_counts("MemoryBank.", size=self.size, interval=self.interval)
 
     @property
     def beside(self) -> SinkWindow:

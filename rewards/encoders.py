@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 
+from framework.arguments import check_counts
 from rewards.optional import refuse_broken_torchvision
 from rewards.qwen2vl import tensors_digest
 
@@ -72,7 +73,7 @@ class ClipEncoder(ImageEncoder):
     ) -> None:
         check_choice("ClipEncoder.resize", resize, ("antialias", "plain"))
         check_choice("ClipEncoder.long_prompts", long_prompts, ("refuse", "truncate"))
-        check_batch("ClipEncoder.batch_size", batch_size)
+        check_counts("ClipEncoder.", batch_size=batch_size)
         self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer, self.batch_size, self.long_prompts = tokenizer, batch_size, long_prompts
         self.resize: Resize = resize
@@ -128,7 +129,7 @@ class DinoEncoder(ImageEncoder):
 
     def __init__(self, model: Any, size: int = 224, resize: Resize = "antialias", batch_size: int = 32) -> None:
         check_choice("DinoEncoder.resize", resize, ("antialias", "plain"))
-        check_batch("DinoEncoder.batch_size", batch_size)
+        check_counts("DinoEncoder.", batch_size=batch_size)
         self.model: Any = model.eval().requires_grad_(False)
         self.size, self.batch_size = size, batch_size
         self.resize: Resize = resize
@@ -230,9 +231,3 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raises ValueError that shows the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
-
-
-def check_batch(name: str, value: int) -> None:
-    """Raises ValueError unless it is at least 1."""
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")

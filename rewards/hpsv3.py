@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from framework.arguments import check_counts
 from framework.interfaces import RewardModel
 from framework.pooling import FramePooling, MeanFrames
 from framework.types import Scores, VideoBatch
@@ -49,8 +50,7 @@ class HPSv3(RewardModel):
     pixels: PixelBudget = HPSV3_PIXELS
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"HPSv3.batch_size must be at least 1, got {self.batch_size}")
+        check_counts("HPSv3.", batch_size=self.batch_size)
         if self.conversation.tokens != self.model.tokens:
             raise ValueError("HPSv3.model and its conversation must have the same tokens")
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from rewards.encoders import brief, check_batch, check_choice
+from framework.arguments import check_counts
+from rewards.encoders import brief, check_choice
 from rewards.optional import import_extra
 from rewards.weight_files import read_weights
 
@@ -35,8 +36,7 @@ class RaftFlow(FlowEstimator):
     """torchvision's RAFT. iterations: of its update, 20 as VBench has it. batch_pairs: pairs per forward."""
 
     def __init__(self, network: nn.Module, iterations: int = 20, batch_pairs: int = 4) -> None:
-        check_batch("RaftFlow.iterations", iterations)
-        check_batch("RaftFlow.batch_pairs", batch_pairs)
+        check_counts("RaftFlow.", iterations=iterations, batch_pairs=batch_pairs)
         self.network = network.eval().requires_grad_(False)
         self.iterations, self.batch_pairs = iterations, batch_pairs
 

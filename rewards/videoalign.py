@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from framework.arguments import check_counts
 from framework.interfaces import RewardModel
 from framework.types import Scores, VideoBatch
 from rewards.conversation import Conversation
@@ -68,8 +69,7 @@ class VideoAlign(RewardModel):
     def __post_init__(self) -> None:
         if not self.given or len(set(self.given)) != len(self.given) or set(self.given) - set(SIGNALS):
             raise ValueError(f"VideoAlign's signals must be some of {SIGNALS}, each once, got {self.given}")
-        if self.batch_size < 1:
-            raise ValueError(f"VideoAlign.batch_size must be at least 1, got {self.batch_size}")
+        check_counts("VideoAlign.", batch_size=self.batch_size)
         if self.conversation.tokens != self.model.tokens:
             raise ValueError("VideoAlign.model and its conversation must have the same tokens")
 

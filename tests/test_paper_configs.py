@@ -129,7 +129,8 @@ def test_a_papers_recipe_is_short(config: str):
 def test_flow_grpo_has_its_releases_numbers():
     found = parts("papers/flow_grpo.gin")
     assert found["exploration"].kernel == FlowGRPO(0.7)
-    assert found["surrogate"] == GaussianRatio(1e-4, 1e-4) and found["surrogate"].trained.steps == AllSteps()
+    assert found["surrogate"] == GaussianRatio(clip_low=1e-4, clip_high=1e-4)
+    assert found["surrogate"].trained.steps == AllSteps()
     assert found["regularizer"] == KernelKL(0.04) and found["advantage"].clip == 5.0
     assert (found["exploration"].group_size, found["prompts_per_step"], found["updates_per_rollout"]) == (24, 48, 2)
     assert found["optimizer"] == AdamW(3e-4, weight_decay=1e-4)

@@ -18,6 +18,7 @@ from backbones.wan.hub import find_file
 from backbones.wan.lora import EMBEDDING_LINEARS, LowRank, read_lora
 from backbones.wan.transformer import CausalWanTransformer3DModel
 from framework.adapters import WAN_LINEARS
+from framework.arguments import check_counts
 from framework.interfaces import GeneratorRecipe
 from framework.reporting.progress import say
 from framework.schedules import FewStepSchedule
@@ -92,9 +93,10 @@ class WanRecipe:
         for name in ("name", "repository", "file", "licence", "base"):
             if not getattr(self, name):
                 raise ValueError(f"WanRecipe.{name} must not be empty")
-        for name in ("block_frames", "clip_blocks", "temporal_stride"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"WanRecipe.{name} must be at least 1, got {getattr(self, name)}")
+        check_counts(
+            "WanRecipe.", block_frames=self.block_frames, clip_blocks=self.clip_blocks,
+            temporal_stride=self.temporal_stride,
+        )  # fmt: skip
 
     @property
     def source(self) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from framework.arguments import check_counts
 from framework.claims import Claim, Recipe, Verdict
 from framework.commands.runs import FINISHED, check_folder, is_finished, train_all
 from framework.config.described import described
@@ -63,9 +64,7 @@ def claims(
     first run starts. A run or measurement that fails costs the claims that read it, no others; after the table is
     written, ValueError says how many failed.
     """
-    for name, value in (("seeds", seeds), ("parallel", parallel)):
-        if value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
+    check_counts("--", seeds=seeds, parallel=parallel)
     chosen = choose(claims, only)
     root = fresh_folder("claims") if output_dir is None else Path(output_dir)
     runs = plan_runs(chosen, seeds, root)

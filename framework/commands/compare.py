@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from framework.adapters import load_adaptation
+from framework.arguments import check_counts
 from framework.commands.compare_arms import Arm, check_budget, check_fair, read_arms
 from framework.commands.runs import check_folder, is_finished, train_all
 from framework.devices import prepare
@@ -65,9 +66,7 @@ def compare(
     finished runs in output_dir of another configuration. A run that fails does not stop the others; after the report is
     written, ValueError says how many did.
     """
-    for name, value in (("seeds", seeds), ("parallel", parallel)):
-        if value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
+    check_counts("--", seeds=seeds, parallel=parallel)
     chosen = read_arms(arms, gin_params, plugins)
     check_fair(chosen)
     steps = check_budget(chosen, samples)

@@ -3,6 +3,7 @@
 from functools import partial
 from pathlib import Path
 
+from framework.arguments import check_counts
 from framework.block_weights import BlockWeights
 from framework.checkpoint import Checkpoints
 from framework.commands.resumption import open_run, resume_command
@@ -70,10 +71,10 @@ def distill(
     check it, do one step, write nothing. Every step depends on (seed, step), so a resumed run and an uninterrupted one
     give the same bytes.
     """
-    for name, value in (("max_steps", max_steps), ("batch_size", batch_size), ("generator_every", generator_every),
-                        ("checkpoint_every", checkpoint_every), ("keep_checkpoints", keep_checkpoints)):  # fmt: skip
-        if value < 1:
-            raise ValueError(f"distill.{name} must be at least 1, got {value}")
+    check_counts(
+        "distill.", max_steps=max_steps, batch_size=batch_size, generator_every=generator_every,
+        checkpoint_every=checkpoint_every, keep_checkpoints=keep_checkpoints,
+    )  # fmt: skip
     check_seed(seed, "distill.seed")
     if critic_warmup < 0 or not 0 <= average_decay < 1:
         raise ValueError(

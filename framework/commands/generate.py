@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from framework.arguments import check_counts
 from framework.commands.adaptation import put_on
 from framework.commands.interactive import HELP, Lines, PromptLog, converse, say_why
 from framework.data.given_frames import given_latents, read_frames
@@ -56,9 +57,7 @@ def generate(
     shows small frames. A block is decoded and written before the next one starts.
     """
     check_seed(seed, "generate.seed")
-    for name, value in (("blocks", blocks), ("clips_per_batch", clips_per_batch), ("scale", scale)):
-        if value is not None and value < 1:
-            raise ValueError(f"generate.{name} must be at least 1, got {value}")
+    check_counts("generate.", blocks=blocks, clips_per_batch=clips_per_batch, scale=scale)
     recipe, kernel = generator.recipe, kernel or Consistency()
     length = recipe.clip_blocks if blocks is None else blocks
     scripts = wanted_scripts(prompts, prompt_file, switch_frames, recipe, length)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from framework.arguments import check_counts
 from framework.checkpoint import SHARED, CheckpointError, Checkpoints, rank_part
 from framework.commands.resumption import Start, fitting, open_run, resume_command
 from framework.devices import prepare
@@ -49,9 +50,7 @@ def pretrain(
     if len(set(names)) != len(names) or not names:
         raise ValueError(f"pretrain.stages need distinct names, got {names}")
     prepare(generator.network, "cpu", threads)
-    for name, value in (("checkpoint_every", checkpoint_every), ("keep_checkpoints", keep_checkpoints)):
-        if value < 1:
-            raise ValueError(f"pretrain.{name} must be at least 1, got {value}")
+    check_counts("pretrain.", checkpoint_every=checkpoint_every, keep_checkpoints=keep_checkpoints)
     start = open_run("pretrain", output_dir, resume, operative_config, partial(Checkpoints, keep=keep_checkpoints))
     folder = start.folder
     initialise(generator, seed)

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from framework.adapters import Adaptation
+from framework.arguments import check_counts
 from framework.checkpoint import Checkpoints
 from framework.commands.ranks import NoLog, open_run_together
 from framework.commands.resumption import resume_command
@@ -96,14 +97,11 @@ def train(
     metrics.jsonl and TensorBoard. dry_run: build everything, check it, train one step, write nothing; with device
     "meta" no weights are read and no step is taken, and sizes, memory and files are told.
     """
-    for name, value in (("max_steps", max_steps), ("updates_per_rollout", updates_per_rollout),
-                        ("micro_batch_size", micro_batch_size), ("checkpoint_every", checkpoint_every),
-                        ("keep_checkpoints", keep_checkpoints)):  # fmt: skip
-        if value < 1:
-            raise ValueError(f"train.{name} must be at least 1, got {value}")
-    for name, value in (("groups_at_once", groups_at_once), ("branches_at_once", branches_at_once)):
-        if value is not None and value < 1:
-            raise ValueError(f"train.{name} must be at least 1, or None for all, got {value}")
+    check_counts(
+        "train.", max_steps=max_steps, updates_per_rollout=updates_per_rollout, micro_batch_size=micro_batch_size,
+        checkpoint_every=checkpoint_every, keep_checkpoints=keep_checkpoints, groups_at_once=groups_at_once,
+        branches_at_once=branches_at_once,
+    )  # fmt: skip
     world, distribution = current_world(), distribution or Distribution()
     world.check_text(operative_config, "the configuration")
     check_seed(seed, "train.seed")

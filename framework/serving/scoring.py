@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from framework.arguments import check_counts
 from framework.interfaces import RewardModel
 from framework.serving.protocol import Answer, Request
 from framework.types import Scores, VideoBatch
@@ -41,9 +42,7 @@ class Limits:
     megabytes: int = 1024
 
     def __post_init__(self) -> None:
-        for name in ("waiting", "clips", "frames", "megabytes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Limits.{name} must be at least 1, got {getattr(self, name)}")
+        check_counts("Limits.", waiting=self.waiting, clips=self.clips, frames=self.frames, megabytes=self.megabytes)
         if not self.wait_s >= 0 or self.remembered < 0:
             raise ValueError(f"Limits.wait_s and remembered must be 0 or more, got {self.wait_s}, {self.remembered}")
 

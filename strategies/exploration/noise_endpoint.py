@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from framework.arguments import check_counts
 from framework.interfaces import ExplorationStrategy, GeneratorRecipe
 from framework.kernels import Consistency, TransitionKernel
 from framework.records import Endpoints, OnPolicyTransitions, Predictions, Record
@@ -95,10 +96,7 @@ class NoiseEndpoint(ExplorationStrategy):
             raise ValueError(
                 f"NoiseEndpoint.group_size={self.group_size}: an advantage compares siblings, so it needs at least 2"
             )
-        for name in ("stream_blocks", "window_blocks"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"NoiseEndpoint.{name} must be at least 1 or None, got {value}")
+        check_counts("NoiseEndpoint.", stream_blocks=self.stream_blocks, window_blocks=self.window_blocks)
 
     def writes(self) -> frozenset[type[Record]]:
         always: frozenset[type[Record]] = frozenset({Endpoints, Predictions})

@@ -111,8 +111,8 @@ def written_kernel_shift(statistics: Statistics) -> dict[type, Record]:
 
 
 @dataclass(frozen=True)
-class GaussianReinforce(SurrogatePolicy):
-    """−A log π of the steps that were taken: strictly on-policy, one update per rollout.
+class KernelSurrogate(SurrogatePolicy):
+    """What the forms have in common: they ask for the density of the sampler's own steps.
 
     trained: which steps, their weights, and how far gradient reaches.
     """
@@ -122,7 +122,6 @@ class GaussianReinforce(SurrogatePolicy):
     reads: ClassVar[frozenset[type[Record]]] = frozenset({OnPolicyTransitions, Endpoints})
     writes: ClassVar[frozenset[type[Record]]] = frozenset({KernelShift, EndpointShift})
     views: ClassVar[frozenset[str]] = frozenset({"current"})
-    on_policy: ClassVar[bool] = True
 
     @property
     def fixed_probes(self) -> bool:
@@ -134,6 +133,13 @@ class GaussianReinforce(SurrogatePolicy):
     def statistics(self, views: Views, probes: Probes) -> Statistics:
         return kernel_statistics(views, probes)
 
+
+@dataclass(frozen=True)
+class GaussianReinforce(KernelSurrogate):
+    """−A log π of the steps that were taken: strictly on-policy, one update per rollout."""
+
+    on_policy: ClassVar[bool] = True
+
     def objective(self, statistics: Statistics, advantage: Advantage) -> Objective:
         log_pi = statistics["log_density_current"]
         loss = -advantage.values * (statistics["step_weight"] * log_pi).mean(1)
@@ -141,25 +147,10 @@ class GaussianReinforce(SurrogatePolicy):
 
 
 @dataclass(frozen=True)
-class GaussianRegression(SurrogatePolicy):
-    """The stop-gradient regression on x̂0 that RAVEN trains: the gradient of `GaussianReinforce`, another value.
+class GaussianRegression(KernelSurrogate):
+    """The stop-gradient regression on x̂0 that RAVEN trains: the gradient of `GaussianReinforce`, another value."""
 
-    trained: as there.
-    """
-
-    trained: TrainedSteps = field(default_factory=TrainedSteps)
-
-    reads: ClassVar[frozenset[type[Record]]] = GaussianReinforce.reads
-    writes: ClassVar[frozenset[type[Record]]] = GaussianReinforce.writes
-    views: ClassVar[frozenset[str]] = frozenset({"current"})
     on_policy: ClassVar[bool] = True
-
-    @property
-    def fixed_probes(self) -> bool:
-        return self.trained.steps.fixed
-
-    def probes(self, tape: Tape, recipe: GeneratorRecipe, streams: Streams) -> Iterator[Probes]:
-        yield self.trained.probes(tape, recipe, streams)
 
     def statistics(self, views: Views, probes: Probes) -> Statistics:
         """The regression of a unit advantage: its square is linear in A², its gradient in A, see `objective`."""
@@ -183,19 +174,17 @@ class GaussianRegression(SurrogatePolicy):
 
 
 @dataclass(frozen=True)
-class GaussianRatio(SurrogatePolicy):
+class GaussianRatio(KernelSurrogate):
     """PPO on the sampler's steps: importance ratio to the behaviour policy, clipped; for several updates per rollout.
 
     Both densities are asked under the canonical history, so transitions of any exploration serve. clip_low, clip_high:
-    log π is a mean over elements, so useful ranges are near 1e-4. trained: as in `GaussianReinforce`.
+    log π is a mean over elements, so useful ranges are near 1e-4.
     """
 
     clip_low: float = 1e-4
     clip_high: float = 1e-4
-    trained: TrainedSteps = field(default_factory=TrainedSteps)
 
     reads: ClassVar[frozenset[type[Record]]] = frozenset({Transitions, Endpoints})
-    writes: ClassVar[frozenset[type[Record]]] = frozenset({KernelShift, EndpointShift})
     views: ClassVar[frozenset[str]] = frozenset({"current", "behaviour"})
     has_ratio: ClassVar[bool] = True
 
@@ -205,16 +194,6 @@ class GaussianRatio(SurrogatePolicy):
                 f"GaussianRatio.clip_low must lie in (0, 1] and clip_high be positive, got {self.clip_low}, "
                 f"{self.clip_high}"
             )
-
-    @property
-    def fixed_probes(self) -> bool:
-        return self.trained.steps.fixed
-
-    def probes(self, tape: Tape, recipe: GeneratorRecipe, streams: Streams) -> Iterator[Probes]:
-        yield self.trained.probes(tape, recipe, streams)
-
-    def statistics(self, views: Views, probes: Probes) -> Statistics:
-        return kernel_statistics(views, probes)
 
     def objective(self, statistics: Statistics, advantage: Advantage) -> Objective:
         log_pi = statistics["log_density_current"]

@@ -171,7 +171,7 @@ def update_gradient(surrogate: SurrogatePolicy, clips: int, order: tuple[int, ..
 SURROGATES = [
     GaussianReinforce(ALL),
     GaussianRegression(TrainedSteps(OneRandomStep(), EqualGradient(), history_grad=True)),
-    GaussianRatio(1e-6, 1e-6, TrainedSteps(OneRandomStep())),
+    GaussianRatio(TrainedSteps(OneRandomStep()), 1e-6, 1e-6),
 ]
 
 
