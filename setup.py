@@ -61,6 +61,7 @@ PARTS = [
     "recache = backbones.recache",
     "history = backbones.history",
     "memory_bank = backbones.memory_bank",
+    "recompute = backbones.recompute",
     "wan = backbones.wan.generator",
     "wan.WanRecipe = backbones.wan.recipes:WanRecipe",
     "wan.ReleasedLoRA = backbones.wan.recipes:ReleasedLoRA",

@@ -69,6 +69,15 @@ class HistoryPolicy(ABC):
         """How many frames of a memory a block sees at most, beside the visible ones."""
         return 0
 
+    @property
+    def recomputes(self) -> bool:
+        """Whether a stream keeps its past as clean latents, encoded anew for every block; see `recompute`."""
+        return False
+
+    def logit_offsets(self, visible: int) -> tuple[float, ...] | None:
+        """What is added to a block's attention logits for each of ``visible`` frames that it sees; None for nothing."""
+        return None
+
     def memory(self) -> Memory | None:
         """The memory of a stream that has seen nothing; None for a policy that is a rule on integers alone."""
         return None

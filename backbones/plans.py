@@ -105,6 +105,19 @@ def block_plan(key_positions: tuple[int, ...], query_positions: tuple[int, ...])
     return AttentionPlan(seen, length, (segment,))
 
 
+@lru_cache(maxsize=4096)
+def causal_plan(positions: tuple[int, ...], block: int) -> AttentionPlan:
+    """Frames at ``positions`` in blocks of ``block``, the last one perhaps shorter, that see themselves and the blocks
+    before."""
+    frames = len(positions)
+    segments = []
+    for first in range(0, frames, block):
+        stop = min(first + block, frames)
+        own, seen = tuple(range(first, stop)), tuple(range(stop))
+        segments.append(Segment(own, seen, positions[first:stop], positions[:stop]))
+    return AttentionPlan(0, frames, tuple(segments))
+
+
 @dataclass(frozen=True)
 class PackedBlock:
     """One block of a packed sequence: absolute frames [start, start + length), standing at ``offset`` in it."""

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from backbones.history import HistoryPolicy, KVHistory, runs_of
-from backbones.plans import PackedBlock, block_plan, packed_plan, streaming_plan
-from backbones.recache import CleanPass, CleanPast, JointRecache, Recache
+from backbones.plans import PackedBlock, block_plan, causal_plan, packed_plan, streaming_plan
+from backbones.recache import CleanPass, CleanPast, JointRecache, NoRecache, Recache
+from backbones.recompute import as_stored, latents_of, made_anew
 from backbones.rope import rope_table, rotate
 from backbones.streams import Visit, WanStream, in_row_order, replaced_text, rows_of_memory, rows_of_text
-from backbones.visible import LayerKV
+from backbones.visible import LayerKV, VisibleKV
 from backbones.wan.transformer import ATTENTION, THETA, CausalWanTransformer3DModel, TextKV, wide_dtype
 from framework.flow import expand_sigma, velocity_from_x0
 from framework.interfaces import GeneratorRecipe, StreamingGenerator
@@ -34,9 +35,9 @@ class WanStreamingGenerator(StreamingGenerator[WanStream]):
     """The causal Wan transformer as a `StreamingGenerator`.
 
     network: the transformer. policy: which history a block sees; the same object serves rollout, replay and export.
-    recache: what a prompt switch does to the stored past, LongLive's by default. precision: of the network's calls.
-    attention: kernel of the attention, a name of `ATTENTION`. memo_bytes: budget for the rotated keys that are kept for
-    the steps of a block, None for all; it changes no value.
+    recache: what a prompt switch does to the stored past, by default LongLive's (nothing if it is encoded anew).
+    precision: of the network's calls. attention: kernel of the attention, a name of `ATTENTION`. memo_bytes: budget for
+    the rotated keys that are kept for the steps of a block, None for all; it changes no value.
     """
 
     forward_methods = ("text_kv",)
@@ -55,10 +56,15 @@ class WanStreamingGenerator(StreamingGenerator[WanStream]):
             raise ValueError(f"attention must be one of {', '.join(ATTENTION)}, got {attention!r}")
         if memo_bytes is not None and memo_bytes < 0:
             raise ValueError(f"memo_bytes must be at least 0, or None for no limit, got {memo_bytes}")
+        if policy.recomputes and not isinstance(recache or NoRecache(), NoRecache):
+            raise ValueError(
+                f"{type(policy).__name__} encodes the past anew for every block, there is nothing to recache: leave "
+                f"recache out or set it to NoRecache(), not {type(recache).__name__}()"
+            )
         self.network: CausalWanTransformer3DModel = network  # pyright: ignore[reportIncompatibleVariableOverride]
         self.recipe = recipe
         self.policy = policy
-        self.recache = recache or JointRecache()
+        self.recache = recache or (NoRecache() if policy.recomputes else JointRecache())
         self.precision = precision or AsWeights()
         self.attention = attention
         self.memo_bytes = memo_bytes
@@ -173,6 +179,9 @@ class WanStreamingGenerator(StreamingGenerator[WanStream]):
         return self._velocity(output, x, torch.full((), sigma, dtype=x.dtype, device=x.device))
 
     def commit(self, x0: Tensor, stream: WanStream, visible: Visible | None = None) -> WanStream:
+        if stream.policy.recomputes:
+            history = stream.history.commit(as_stored(x0), stream.policy, stream.resident)
+            return replace(stream, history=history, memo={})
         written = []
         visits = self._visits(stream, x0, visible)
         for visit in visits:
@@ -220,7 +229,7 @@ class WanStreamingGenerator(StreamingGenerator[WanStream]):
         memory = stream.recalled()
         shown = () if memory is None else memory.kv
         if visible is None or all(frames is None for frames in visible):
-            past = stream.history.view(canonical)
+            past = self._shown(stream.history.view(canonical), stream.text, policy)
             past = replace(past, memory=shown, batch=stream.batch, budget=self.memo_bytes)
             return (Visit(None, plan, past, stream.text),)
         if policy != self.policy:
@@ -235,15 +244,28 @@ class WanStreamingGenerator(StreamingGenerator[WanStream]):
             rows = [row for row, frames in enumerate(seen) if len(frames) == count]
             frames = [seen[row] for row in rows]
             placed = [policy.positions(f, stream.next_frame, length) for f in frames]
-            past = stream.history.route(frames, rows, stream.batch)
-            remembered = rows_of_memory(shown, past.rows, stream.batch)
-            past = replace(past, memory=remembered, batch=len(rows), budget=budget)
-            if len({keys for keys, _ in placed}) > 1:
-                past.positions = tuple(keys for keys, _ in placed)
             index = None if len(rows) == stream.batch else torch.tensor(rows, device=device)
             text = stream.text if index is None else rows_of_text(stream.text, rows, stream.batch)
+            past = stream.history.route(frames, rows, stream.batch)
+            remembered = rows_of_memory(shown, past.rows, stream.batch)
+            past = replace(self._shown(past, text, policy), memory=remembered, batch=len(rows), budget=budget)
+            if len({keys for keys, _ in placed}) > 1:
+                past.positions = tuple(keys for keys, _ in placed)
             visits.append(Visit(index, block_plan(*placed[0]), past, text))
         return tuple(visits)
+
+    def _shown(self, past: VisibleKV, text: TextKV, policy: HistoryPolicy, grad: bool = False) -> VisibleKV:
+        """What a block reads of the past: the stored keys and values, or such that are made of the clean latents now.
+
+        grad: whether gradient reaches the network through the latter.
+        """
+        if not policy.recomputes or not len(past):
+            return past
+        x = latents_of(past)
+        plan = causal_plan(tuple(range(len(past))), self.recipe.block_frames)
+        with nullcontext() if grad else torch.no_grad():
+            _, kv = self._ask(x, self._timesteps(x, 0.0), text, plan=plan, return_kv=True)
+        return replace(made_anew(past, kv), offsets=policy.logit_offsets(len(past)))
 
     def replay(self, probes: Probes) -> Tensor:
         stream = self._replay_prefix(probes)
@@ -254,14 +276,15 @@ class WanStreamingGenerator(StreamingGenerator[WanStream]):
             )
         branches = len(probes) // len(probes.prompts)
         stream = self.fork(stream, branches) if branches > 1 else stream
-        if stream.memory is not None:
+        if stream.memory is not None or stream.policy.recomputes:
             return self._replay_in_turn(probes, stream)
         with nullcontext() if probes.history_grad else torch.no_grad():
             history = self._encode_clean(probes, stream)
         return self._predict_noisy(probes, replace(stream, history=history))
 
     def _replay_in_turn(self, probes: Probes, stream: WanStream) -> Tensor:
-        """Block by block: what a memory shows to a block is known only once the block before it is committed."""
+        """Block by block: what a memory shows to a block, and what is encoded anew, is known only once the block before
+        it is committed."""
         velocities = []
         blocks = self._blocks(probes, 1)
         for i, block in enumerate(blocks):
@@ -314,19 +337,21 @@ class WanStreamingGenerator(StreamingGenerator[WanStream]):
         return stream.history.commit(kv)
 
     def _predict_noisy(self, probes: Probes, stream: WanStream) -> Tensor:
-        history = stream.history
+        history, policy = stream.history, stream.policy
         past = history.frame_ids
+        if policy.recomputes:
+            past = policy.visible(probes.start, probes.clean.shape[2])
         streams = probes.noisy.shape[1]
         if stream.memory is None:
             blocks = self._blocks(probes, streams)
         else:  # one block at a time
             length = probes.noisy.shape[3]
             blocks = [PackedBlock(probes.start, length, s * length) for s in range(streams)]
-        plan = packed_plan(stream.policy, past, blocks, causal=False)
+        plan = packed_plan(policy, past, blocks, causal=False)
         x = probes.noisy.transpose(1, 2).flatten(2, 3)  # [N, C, S·F, H, W]
         sigma = probes.sigma.flatten(1)
         memory = stream.recalled()
-        view = history.view(past) if past else None
+        view = self._shown(history.view(past), stream.text, policy, probes.history_grad) if past else None
         if view is not None and memory is not None:
             view = replace(view, memory=memory.kv, batch=stream.batch)
         widest = torch.promote_types(sigma.dtype, wide_dtype(x))  # a float64 σ is rounded once, as timestep

@@ -135,7 +135,8 @@ class VisibleKV:
     rows: which of the ``total`` rows of the batch this is for, None for all. positions: temporal positions per row,
     where rows differ in them. memory: per layer, (rotated k, v) of further frames, [R, m, S, heads, head_dim] with R
     dividing the ``batch`` rows that ask; every query sees all of them. budget: bytes of rotated keys and their values
-    to keep, None for all layers; layers beyond it are rotated at every step, to the same values.
+    to keep, None for all layers; layers beyond it are rotated at every step, to the same values. offsets: what is added
+    to the attention logits of each frame, None for nothing; not with a memory.
     """
 
     chunks: Chunks
@@ -148,6 +149,7 @@ class VisibleKV:
     memory: tuple[LayerKV, ...] = ()
     batch: int = 0
     budget: int | None = None
+    offsets: tuple[float, ...] | None = None
     memo: dict = field(default_factory=dict)
 
     def __len__(self) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from backbones.history import HistoryPolicy, SinkWindow
-from backbones.recache import BlockwiseRecache, Recache
+from backbones.recache import BlockwiseRecache, NoRecache, Recache
 from backbones.streaming import WanStreamingGenerator
 from backbones.wan.transformer import CausalWanTransformer3DModel
 from framework.data.shapes import SIZE, VOCABULARY, parse_caption
@@ -69,8 +69,8 @@ class ShapesGenerator(WanStreamingGenerator):
         super().__init__(
             network if network is not None else CausalWanTransformer3DModel(**CONFIG),
             embedded_recipe(),
-            policy or SinkWindow(sink=3, window=12, relative=True),
-            recache or BlockwiseRecache(),
+            policy := policy or SinkWindow(sink=3, window=12, relative=True),
+            recache or (NoRecache() if policy.recomputes else BlockwiseRecache()),
             precision,
         )
 

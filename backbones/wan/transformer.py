@@ -68,6 +68,17 @@ class Context:
             self.memo[key] = torch.tensor(frames).to(x.device, non_blocking=True)
         return x.index_select(1, self.memo[key])
 
+    def offsets(self, keys: tuple[int, ...], k: Tensor) -> Tensor | None:
+        """What is added to the logits of the frames ``keys`` of [past | sequence], per token [frames · S]."""
+        past = None if self.past is None else self.past.offsets
+        if past is None:
+            return None
+        key = ("offsets", keys)
+        if key not in self.memo:
+            each = torch.tensor([past[i] if i < self.plan.past else 0.0 for i in keys], dtype=k.dtype)
+            self.memo[key] = each.repeat_interleave(k.shape[2]).to(k.device, non_blocking=True)
+        return self.memo[key]
+
 
 def wide_dtype(x: Tensor) -> torch.dtype:
     """float32, or float64 where x is: what norms, modulation, rotary tables and timesteps are computed in."""
@@ -85,24 +96,26 @@ ATTENTION: dict[str, list[SDPBackend] | None] = {
 block computes again, outside of any context that was around the forward pass, and must take the same one."""
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, attention: str = "auto") -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, attention: str = "auto", offsets: Tensor | None = None) -> Tensor:
     """Full attention of q [N, Lq, heads, d] over k, v [N, Lk, heads, d] → [N, Lq, heads, d].
 
-    Raises ValueError where the named kernel cannot do it.
+    offsets: added to the logits of the keys [Lk]. Raises ValueError where the named kernel cannot do it.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    mask = None if offsets is None else offsets.to(q.dtype).expand(q.shape[2], -1)
     kernels = ATTENTION[attention]
     if kernels is None:
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
     try:
         with sdpa_kernel(kernels):
-            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+            return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
     except RuntimeError as error:
         if "No available kernel" not in str(error) and "No viable backend" not in str(error):
             raise
+        masked = "" if mask is None else " behind a mask (RecomputedWindow.bias)"
         raise ValueError(
-            f"attention={attention!r} has no kernel for {q.dtype} with {q.shape[-1]} numbers per head on {q.device}; "
-            f"set attention='auto' or another of {', '.join(ATTENTION)}"
+            f"attention={attention!r} has no kernel for {q.dtype} with {q.shape[-1]} numbers per head on {q.device}"
+            f"{masked}; set attention='auto' or another of {', '.join(ATTENTION)}"
         ) from error
 
 
@@ -117,7 +130,8 @@ def planned_attention(q: Tensor, k: Tensor, v: Tensor, layer: int, context: Cont
             positions = past.positions or only.key_positions[: plan.past]
             past_k, past_v = past.rotated(layer, positions, lambda x: context.rotate(x, positions))
             k, v = torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1)
-        out = attend(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), context.attention)
+        offsets = context.offsets(only.keys, k)
+        out = attend(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), context.attention, offsets)
         return out.unflatten(1, q.shape[1:3])
 
     memory = None if past is None else past.remembered(layer)
@@ -134,8 +148,10 @@ def planned_attention(q: Tensor, k: Tensor, v: Tensor, layer: int, context: Cont
         if memory is not None:  # every segment sees all of it
             more_k, more_v = (spread(x, len(k_b)) for x in memory)
             k_b, v_b = torch.cat([k_b, more_k], dim=1), torch.cat([v_b, more_v], dim=1)
+        # segments of a batch see equally many past frames where a policy has offsets, and those first
+        offsets = context.offsets(batch.keys[: len(batch.keys) // batch.count], k_b)
         q_b, k_b, v_b = (x.flatten(1, 2) for x in (q_b, k_b, v_b))
-        out = attend(q_b, k_b, v_b, context.attention)  # [N · segments, queries · S, heads, d]
+        out = attend(q_b, k_b, v_b, context.attention, offsets)  # [N · segments, queries · S, heads, d]
         outputs.append(out.reshape(q.shape[0], len(batch.queries), *q.shape[2:]))
     return context.take(torch.cat(outputs, dim=1), plan.places)
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from backbones.history import AnchorWindow, FullHistory, HistoryPolicy, SinkWindow
 from backbones.memory_bank import MemoryBank
 from backbones.recache import MovedSinkRecache
+from backbones.recompute import RecomputedWindow
 from framework.types import Route
 from tests.backbones.micro import LATENT, PROMPTS, Setting, micro_generator, noise, settings_strategy
 from tests.backbones.ways import ATOL, SEEN, gap, streamed
@@ -103,6 +104,27 @@ FAMILIES = {
         ],
     ),
     "MemFlow: beside its bank, LongLive": Family(MemoryBank(3, 12), 3, LONGLIVE),
+    "Krea realtime: the first frame and the last two, encoded anew, positions are slots": Family(
+        RecomputedWindow(3),
+        3,
+        [
+            ([], [], [0, 1, 2]),
+            ([0, 1, 2], [0, 1, 2], [3, 4, 5]),
+            ([0, 4, 5], [0, 1, 2], [3, 4, 5]),
+            ([0, 7, 8], [0, 1, 2], [3, 4, 5]),
+        ],
+    ),
+    "the same with six frames": Family(
+        RecomputedWindow(6),
+        3,
+        [
+            ([], [], [0, 1, 2]),
+            ([0, 1, 2], [0, 1, 2], [3, 4, 5]),
+            ([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5], [6, 7, 8]),
+            ([0, 4, 5, 6, 7, 8], [0, 1, 2, 3, 4, 5], [6, 7, 8]),
+            ([0, 7, 8, 9, 10, 11], [0, 1, 2, 3, 4, 5], [6, 7, 8]),
+        ],
+    ),
     "LongLive after a switch that moved the sink to frames 3 … 5": Family(
         SinkWindow(3, 12, sink_start=3),
         3,
@@ -136,7 +158,8 @@ def test_what_a_family_shows_is_what_its_stream_reads(family: Family):
                 assert list(visit.past.frames) == expected[0]
                 assert list(only.key_positions) == expected[1] + expected[2]
                 assert list(only.query_positions) == expected[2]
-            stream = generator.commit(block, replace(stream, policy=FullHistory()))
+            keeping = family.policy if family.policy.recomputes else FullHistory()
+            stream = generator.commit(block, replace(stream, policy=keeping))
 
 
 def replace_bank(policy: HistoryPolicy) -> HistoryPolicy:

@@ -13,10 +13,11 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from backbones.history import FullHistory, SinkWindow
 from backbones.memory_bank import MemoryBank
 from backbones.recache import JointRecache
+from backbones.recompute import RecomputedWindow
 from backbones.wan import recipes
 from backbones.wan.hub import find_file
 from backbones.wan.recipes import WAN_1_3B, WAN_14B, ReleasedLoRA, WanRecipe, load_network, stored
-from framework.config.load import ConfigError, load_config, packaged_configs, packaged_folder
+from framework.config.load import load_config, packaged_configs, packaged_folder
 from framework.schedules import FewStepSchedule
 from tests.backbones.micro import micro_config
 from tests.backbones.wan_files import (
@@ -35,7 +36,6 @@ from tests.support import close
 
 NAMES = ("self_forcing", "causal_forcing", "causal_forcing_framewise", "longlive", "longlive_infinity", "memflow",
          "raven", "raven_cm_grpo", "krea")  # fmt: skip
-BLOCK = SinkWindow(sink=1, window=6, relative=True)
 
 
 @pytest.fixture(autouse=True)
@@ -87,17 +87,15 @@ TABLE = {
         lora=(ReleasedLoRA("mvp-lab/RAVEN", "cmgrpo_raven_lora.safetensors", embeddings=True),), schedule=WHOLE,
     ),
     "krea": dict(
-        repository="krea/krea-realtime-video", network=WAN_14B, policy=BLOCK, sub_key=None,
+        repository="krea/krea-realtime-video", network=WAN_14B, policy=RecomputedWindow(3), sub_key=None,
         base="Wan-AI/Wan2.1-T2V-14B-Diffusers", schedule=FewStepSchedule((1000, 666, 333)),
     ),
 }  # fmt: skip
-KREA_HISTORY = ("HISTORY = @history.SinkWindow()", "history.SinkWindow.sink = 1", "history.SinkWindow.window = 6",
-                "history.SinkWindow.relative = True")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_configuration_says_what_the_release_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = recipe_of(name, monkeypatch, *(KREA_HISTORY if name == "krea" else ()))
+    recipe = recipe_of(name, monkeypatch)
     expected = {
         "block_frames": 3, "clip_blocks": 7, "latent": (16, 60, 104), "schedule": FOUR, "first_schedule": None,
         "network": WAN_1_3B, "fps": 16.0, "temporal_stride": 4, "base": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
@@ -126,19 +124,13 @@ def test_weights_that_are_not_for_everybody_say_so(monkeypatch: pytest.MonkeyPat
         assert "NON-COMMERCIAL" in (packaged_folder() / f"backbones/{name}.gin").read_text(encoding="utf-8")
 
 
-def test_kreas_history_is_asked_for_since_its_own_is_not_built() -> None:
-    with pytest.raises(ConfigError, match="HISTORY is required and not set"):
-        load_config("generate", gin_files=["backbones/krea.gin"])
-
-
 @pytest.mark.parametrize("method", ["astrolabe", "kvpo", "raven_cm_grpo", "flow_grpo"])
 def test_every_method_goes_with_every_checkpoint_in_either_order(method: str) -> None:
     shapes = ["REWARD = @shapes.ShapesReward()", "JUDGE = @shapes.ShapesReward()", "SCENES = @scenes.ShapesCaptions()",
               "HELD_OUT = @held_out/scenes.ShapesCaptions()"]  # fmt: skip
     for name in NAMES:
-        params = [*shapes, *(KREA_HISTORY if name == "krea" else ())]
         files = [f"papers/{method}.gin", f"backbones/{name}.gin"]
-        first, second = (load_config("train", gin_files=order, gin_params=params) for order in (files, files[::-1]))
+        first, second = (load_config("train", gin_files=order, gin_params=shapes) for order in (files, files[::-1]))
         assert first.operative_config() == second.operative_config()
 
 

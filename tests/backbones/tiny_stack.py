@@ -22,6 +22,7 @@ from backbones.wan.transformer import CausalWanTransformer3DModel
 from framework.adapters import WAN_LINEARS
 from framework.interfaces import RewardModel
 from framework.types import Scores, VideoBatch
+from framework.weights import save_tensors
 from tests.support import normal, perturb
 
 TEXT_DIM = 32
@@ -111,7 +112,7 @@ def released_lora(network: nn.Module) -> dict[str, Tensor]:
 
 
 def save_stack(folder: Path) -> Path:
-    """Text encoder, tokenizer, autoencoder, and the network in the files that `PAPERS` name."""
+    """Text encoder, tokenizer, autoencoder, and the network in the files of released generators."""
     save_text(folder)
     save_vae(folder)
     save_released(folder, tiny_network())
@@ -119,12 +120,13 @@ def save_stack(folder: Path) -> Path:
 
 
 def save_released(folder: Path, network: nn.Module) -> None:
-    """A network in the files that `PAPERS` name, in the place of those that are there."""
+    """A network in the files of released generators, in the place of those that are there."""
     state = released_state(network)
     torch.save({"generator_ema": state, "critic": {"head.bias": torch.zeros(1)}}, folder / "self_forcing_dmd.pt")
     torch.save({"generator": state}, folder / "longlive_base.pt")
     torch.save({"generator_lora": released_lora(network)}, folder / "lora.pt")
     torch.save(state, folder / "raven_model.pt")
+    save_tensors(folder / "krea-realtime-video-14b.safetensors", {name: t.clone() for name, t in state.items()})
 
 
 @pytest.fixture(scope="session", name="stack")
