@@ -94,6 +94,11 @@ def test_a_prompt_that_the_video_is_too_short_to_show_is_refused(
     assert len(made(tmp_path / "v", prompts=[f"{A} [{start}f] | {B}"], blocks=blocks)) == 1
 
 
+def test_a_prompt_that_the_generator_cannot_read_leaves_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    line = refusal(capsys, main([*EMBEDDED, "--output_dir", str(tmp_path / "v"), "--prompt", "a pink elephant"]))
+    assert "a pink elephant" in line and not (tmp_path / "v").exists()
+
+
 @pytest.mark.parametrize("wrong", [{"blocks": 0}, {"clips_per_batch": 0}, {"scale": 0}])
 def test_nothing_of_nothing_is_refused(wrong: dict[str, int], tmp_path: Path):
     with pytest.raises(ValueError, match=f"generate.{next(iter(wrong))} must be at least 1"):

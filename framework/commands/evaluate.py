@@ -19,7 +19,7 @@ from framework.reporting.parts import (
 )
 from framework.reporting.progress import say
 from framework.reporting.report import format_table, markdown_table
-from framework.reporting.runfolder import create_run_folder, fresh_folder
+from framework.reporting.runfolder import create_run_folder, fresh_folder, removed_if_empty
 from framework.reporting.sheets import contact_sheet
 from framework.reporting.statistics import clustered_bootstrap
 from framework.reporting.summary import control_lines, headroom
@@ -66,7 +66,8 @@ def evaluate(
             for windows, clip in zip(videos.windows, videos.frames, strict=True):
                 exported.add(" | ".join(window.prompt for window in windows), clip, videos.fps)
 
-    result = evaluation.judge(generator, watch=watch)
+    with removed_if_empty(folder):
+        result = evaluation.judge(generator, watch=watch)
     save_tensors(folder / "scores.safetensors", result.scores)
     rows = [(name, *clustered_bootstrap(value)) for name, value in {**result.scores, "total": result.total}.items()]
     tables: list[tuple[str, list[tuple], tuple[str, ...]]] = [("whole clips", rows, HEADERS)]

@@ -22,7 +22,7 @@ from framework.interfaces import GeneratorRecipe, StreamingGenerator
 from framework.kernels import Consistency, TransitionKernel
 from framework.reporting.progress import progress, say
 from framework.reporting.reel import Reel
-from framework.reporting.runfolder import create_run_folder, fresh_folder
+from framework.reporting.runfolder import create_run_folder, fresh_folder, removed_if_empty
 from framework.rng import check_seed, derive_seed, draw_noise
 from framework.rollout import noise_shape
 
@@ -73,22 +73,12 @@ def generate(
     put_on(generator, adapter)
     folder = create_run_folder(fresh_folder("generate") if output_dir is None else output_dir)
     reel, noise = Reel(recipe.fps, scale), BlockNoise(seed, noise_shape(generator, kernel, 1), device)
-    if interactive:
-        first = scripts[0].cues[0].prompt if scripts else None
-        stream_interactively(generator, kernel, noise, reel, folder, first, blocks, given)
-    else:
-        numbered = [(i, " | ".join(cue.prompt for cue in script.cues)) for i, script in enumerate(scripts)]
-        for batch in batches(scripts, clips_per_batch):
-            shown = [scripts[i] for i in batch]
-            switches = any(len(script.cues) - len(script.cuts) > 1 for script in shown)
-            takes = film(
-                generator, scripted(shown, recipe.block_frames, length), partial(noise, [numbered[i] for i in batch]),
-                kernel, given=given, switches=switches,
-            )  # fmt: skip
-            with progress(length, "generating") as bar:
-                paths = [folder / f"{i:03d}-{slug(text)}.mp4" for i, text in (numbered[i] for i in batch)]
-                reel.write(takes, paths, lambda _, bar=bar: bar.update())
-        reel.paths.sort()
+    with removed_if_empty(folder):
+        if interactive:
+            first = scripts[0].cues[0].prompt if scripts else None
+            stream_interactively(generator, kernel, noise, reel, folder, first, blocks, given)
+        else:
+            film_scripts(generator, kernel, noise, reel, folder, scripts, length, clips_per_batch, given)
     for line in reel.report():
         say(line)
     return reel.paths
@@ -109,6 +99,32 @@ class BlockNoise:
         """[N, *shape] of N clips, each (its number, its prompts)."""
         seeds = [derive_seed(self.seed, "generate", number, text, block) for number, text in clips]
         return draw_noise(seeds, self.shape, self.device)
+
+
+def film_scripts(
+    generator: StreamingGenerator,
+    kernel: TransitionKernel,
+    noise: BlockNoise,
+    reel: Reel,
+    folder: Path,
+    scripts: Sequence[Script],
+    length: int,
+    clips_per_batch: int,
+    given: Tensor | None,
+) -> None:
+    """Generate a video of ``length`` blocks per script, ``clips_per_batch`` side by side."""
+    numbered = [(i, " | ".join(cue.prompt for cue in script.cues)) for i, script in enumerate(scripts)]
+    for batch in batches(scripts, clips_per_batch):
+        shown = [scripts[i] for i in batch]
+        takes = film(
+            generator, scripted(shown, generator.recipe.block_frames, length),
+            partial(noise, [numbered[i] for i in batch]), kernel, given=given,
+            switches=any(len(script.cues) - len(script.cuts) > 1 for script in shown),
+        )  # fmt: skip
+        with progress(length, "generating") as bar:
+            paths = [folder / f"{i:03d}-{slug(text)}.mp4" for i, text in (numbered[i] for i in batch)]
+            reel.write(takes, paths, lambda _, bar=bar: bar.update())
+    reel.paths.sort()
 
 
 def stream_interactively(

@@ -5,6 +5,8 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -40,6 +42,17 @@ def create_run_folder(path: str | Path) -> Path:
     except OSError as error:
         raise ValueError(f"output_dir={str(path)!r} cannot be written: {error.strerror or error}") from error
     return folder
+
+
+@contextmanager
+def removed_if_empty(folder: Path) -> Iterator[None]:
+    """Around work that fills a folder: what fails before it wrote anything leaves no empty folder behind."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # it holds something
+            folder.rmdir()
+        raise
 
 
 def typed() -> list[str]:
