@@ -287,11 +287,11 @@ def overwritten(chunk: Chunk, branches: int, offset: int, kv: Sequence[LayerKV],
     return Chunk(chunk.start, tuple(layers))
 
 
-def runs_of(frames: Sequence[int], block: int | None = None) -> list[range]:
-    """Ascending ids as runs of neighbours, which with ``block`` cross no block boundary."""
+def runs_of(frames: Sequence[int]) -> list[range]:
+    """Ascending ids as runs of neighbours."""
     runs: list[range] = []
     for frame in frames:
-        if runs and runs[-1].stop == frame and (block is None or frame % block):
+        if runs and runs[-1].stop == frame:
             runs[-1] = range(runs[-1].start, frame + 1)
         else:
             runs.append(range(frame, frame + 1))

@@ -5,27 +5,28 @@ see, and which stored frames they replace. LongLive (2509.22622, sec. 3.1) calls
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from backbones.history import FullHistory, HistoryPolicy, SinkWindow, runs_of
+from backbones.history import FullHistory, HistoryPolicy, SinkWindow
 from backbones.memory_bank import MemoryBank
 from backbones.plans import AttentionPlan, Segment, block_plan
 
 
 @dataclass(frozen=True)
 class CleanPass:
-    """One pass over the clean latents of consecutive frames, at σ = 0 and under the new prompt.
+    """One pass over the clean latents of some frames, at σ = 0 and under the new prompt.
 
-    frames: ids that go through the network. past: ids of stored frames that they see as these are by then. plan: who
-    sees whom in [past | frames]. stored: those of the frames whose keys and values replace the stored ones; a frame
-    that no later block is shown is not among them.
+    frames: ids that go through the network, ascending. past: ids of stored frames that they see as these are by then.
+    plan: who sees whom in [past | frames]. stored: those of the frames whose keys and values replace the stored ones; a
+    frame that no later block is shown is not among them.
     """
 
-    frames: range
+    frames: tuple[int, ...]
     past: tuple[int, ...]
     plan: AttentionPlan
     stored: tuple[int, ...]
@@ -69,11 +70,12 @@ class BlockwiseRecache(Recache):
     def passes(self, policy: HistoryPolicy, start: int, block: int) -> tuple[CleanPass, ...]:
         shown = policy.visible(start, block)
         passes: list[CleanPass] = []
-        for piece in runs_of(shown, block):
-            again = [frame for frame in shown if frame < piece.start]
-            past = tuple(f for f in policy.visible(piece.start, len(piece)) if f in again)
-            plan = block_plan(*policy.positions(past, piece.start, len(piece)))
-            passes.append(CleanPass(piece, past, plan, tuple(piece)))
+        for number, frames in groupby(shown, lambda frame: frame // block):
+            piece, first = tuple(frames), number * block  # of a block with its ends in sink and window, its ends alone
+            past = tuple(frame for frame in policy.visible(first, block) if frame in shown)
+            at, _ = policy.positions((*past, *piece), first, block)
+            plan = block_plan(at[: len(past)], at[len(past) :])
+            passes.append(CleanPass(piece, past, plan, piece))
         return tuple(passes)
 
     def reads(self, policy: HistoryPolicy, frame: int, start: int) -> bool:
@@ -98,7 +100,7 @@ class JointRecache(Recache):
         keys = (*range(len(sink)), *(len(sink) + frame - frames.start for frame in own))
         segment = Segment(tuple(range(len(frames))), keys, queries, (*seen, *at))
         stored = tuple(frame for frame in own if policy.retains(frame, start))
-        return (CleanPass(frames, tuple(sink), AttentionPlan(len(sink), len(frames), (segment,)), stored),)
+        return (CleanPass(tuple(frames), tuple(sink), AttentionPlan(len(sink), len(frames), (segment,)), stored),)
 
     def reads(self, policy: HistoryPolicy, frame: int, start: int) -> bool:
         return in_window(policy, frame, start, "JointRecache")
@@ -128,7 +130,7 @@ class MovedSinkRecache(Recache):
 def whole(policy: HistoryPolicy, after: HistoryPolicy, frames: range) -> CleanPass:
     """Frames that all see each other and nothing else; those that the policy from then on may show are stored."""
     stored = tuple(frame for frame in frames if after.retains(frame, frames.stop))
-    return CleanPass(frames, (), block_plan((), policy.positions((), frames.start, len(frames))[1]), stored)
+    return CleanPass(tuple(frames), (), block_plan((), policy.positions((), frames.start, len(frames))[1]), stored)
 
 
 def extent(policy: HistoryPolicy, recache: str) -> tuple[range, int | None]:
@@ -171,16 +173,10 @@ class CleanPast:
         """Each row becomes ``branches`` consecutive rows. Latents are small; they are copied."""
         return CleanPast(tuple((f, x.repeat_interleave(branches, 0)) for f, x in self.blocks))
 
-    def read(self, frames: range) -> Tensor:
-        """Latents of consecutive frames. Raises KeyError for one that is not kept."""
-        parts = []
-        for first, x in self.blocks:
-            low, high = max(first, frames.start), min(first + x.shape[2], frames.stop)
-            if low < high:
-                parts.append(x[:, :, low - first : high - first])
-        if sum(part.shape[2] for part in parts) != len(frames):
-            kept = [first for first, _ in self.blocks]
-            raise KeyError(
-                f"the clean latents of frames {frames.start} … {frames.stop - 1} are not kept; blocks: {kept}"
-            )
-        return torch.cat(parts, dim=2)
+    def read(self, frames: Sequence[int]) -> Tensor:
+        """Latents of frames, in this order. Raises KeyError for one that is not kept."""
+        place = {first + i: (x, i) for first, x in self.blocks for i in range(x.shape[2])}
+        missing = [frame for frame in frames if frame not in place]
+        if missing:
+            raise KeyError(f"the clean latents of frames {missing} are not kept; those of {list(place)} are")
+        return torch.stack([x[:, :, i] for x, i in (place[frame] for frame in frames)], dim=2)

@@ -117,7 +117,8 @@ class WanStreamingGenerator(StreamingGenerator[WanStream]):
             for part in self.recache.passes(stream.policy, start, self.recipe.block_frames) if start else ():
                 _, kv = self._reencode(part, history, stream.clean, text, rows, memory)
                 for run in runs_of(part.stored):
-                    kept = slice(run.start - part.frames.start, run.stop - part.frames.start)
+                    first = part.frames.index(run.start)
+                    kept = slice(first, first + len(run))
                     history = history.rewrite(run.start, [(k[:, kept], v[:, kept]) for k, v in kv], rows)
         text = text if rows is None else replaced_text(stream.text, owners, text)
         remembered = stream.memory and stream.memory.switched(rows, stream.batch)
