@@ -16,6 +16,9 @@ FOLDER = Path(__file__).parent.parent / "data" / "golden"
 
 def main(arguments: Sequence[str]) -> int:
     """Run the named files, else a folder. Returns 0 when every comparison of every file is within its tolerance."""
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
     given = [Path(argument) for argument in arguments]
     folders = [path for path in given if path.is_dir()]
     named = [path for path in given if not path.is_dir()]
