@@ -16,7 +16,6 @@ from framework.selfchecks import replay_deviation
 from tests.support import PROMPTS, group_plans, normal, tiny_generator
 
 PACKAGED = Path(embedded.__file__).parent / embedded.PACKAGED
-pytestmark = pytest.mark.skipif(not PACKAGED.is_file(), reason="the packaged weights are not made yet")
 
 
 def test_a_caption_is_read_word_by_word_in_order():
