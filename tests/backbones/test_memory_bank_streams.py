@@ -30,7 +30,7 @@ from tests.backbones.micro import (
 )
 from tests.backbones.oracle import Frame, dense_forward
 from tests.backbones.test_gradients import gradients, relative_gap
-from tests.backbones.ways import ATOL, SEEN, after_prefix, gap, streamed, with_shared_prefix
+from tests.backbones.ways import ATOL, SEEN, gap, replayed_tail, streamed
 from tests.support import PROMPTS as CAPTIONS
 from tests.support import holds, refuted, tiny_generator
 
@@ -90,13 +90,9 @@ def test_the_replay_check_sees_a_window_that_is_replayed_without_its_bank():
 
 def check_prefix(drawn: tuple[MemoryBank, Setting]) -> None:
     rule, setting = drawn
-    generator = setting.generator(policy=rule)
-    blocks = 1 + setting.seed % (len(setting.spans) - 1)
-    whole = with_shared_prefix(setting, setting.probes(), blocks)
-    tail = after_prefix(setting, whole, blocks)
     with torch.no_grad():
-        expected = streamed(setting, generator, whole)[:, :, :, tail.start :]
-        assert gap(generator.replay(tail), expected) < ATOL[torch.float64]
+        _, _, found, expected = replayed_tail(setting, setting.generator(policy=rule))
+        assert gap(found, expected) < ATOL[torch.float64]
 
 
 def test_a_replay_behind_a_prefix_makes_the_bank_of_the_prefix_again():

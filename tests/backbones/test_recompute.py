@@ -28,7 +28,7 @@ from tests.backbones.micro import (
     settings_strategy,
 )
 from tests.backbones.oracle import Frame, dense_forward
-from tests.backbones.ways import ATOL, SEEN, after_prefix, gap, streamed, with_shared_prefix
+from tests.backbones.ways import ATOL, SEEN, gap, replayed_tail, streamed
 from tests.support import close, holds
 
 
@@ -138,12 +138,9 @@ def check_tail(drawn: tuple[RecomputedWindow, Setting]) -> None:
     """Behind a prefix, and where the branches of a group share it."""
     rule, setting = drawn
     generator = setting.generator(policy=rule)
-    blocks = 1 + setting.seed % (len(setting.spans) - 1)
-    whole = with_shared_prefix(setting, setting.probes(), blocks)
-    tail = after_prefix(setting, whole, blocks)
     with torch.no_grad():
-        expected = streamed(setting, generator, whole)[:, :, :, tail.start :]
-        assert gap(generator.replay(tail), expected) < ATOL[torch.float64]
+        whole, blocks, found, expected = replayed_tail(setting, generator)
+        assert gap(found, expected) < ATOL[torch.float64]
         trunk = generator.open(whole.prompts)
         for start, stop in setting.spans[:blocks]:
             trunk = generator.commit(whole.clean[:: setting.branches, :, start:stop], trunk)

@@ -16,7 +16,7 @@ from tests.backbones.micro import (
     noise,
     settings_strategy,
 )
-from tests.backbones.ways import ATOL, SEEN, after_prefix, dense, gap, streamed, with_shared_prefix
+from tests.backbones.ways import ATOL, SEEN, after_prefix, dense, gap, replayed_tail, streamed, with_shared_prefix
 
 
 @settings(deadline=None, max_examples=40)
@@ -96,13 +96,9 @@ def test_the_comparison_sees_positions_of_another_kind():
 @settings(deadline=None, max_examples=25)
 @given(settings_strategy(min_blocks=2))
 def test_replay_behind_a_prefix_is_the_tail_of_a_whole_stream(setting: Setting):
-    generator = setting.generator()
-    blocks = 1 + setting.seed % (len(setting.spans) - 1)
-    whole = with_shared_prefix(setting, setting.probes(), blocks)
-    tail = after_prefix(setting, whole, blocks)
     with torch.no_grad():
-        expected = streamed(setting, generator, whole)[:, :, :, tail.start :]
-        assert gap(generator.replay(tail), expected) < ATOL[torch.float64]
+        _, _, found, expected = replayed_tail(setting, setting.generator())
+        assert gap(found, expected) < ATOL[torch.float64]
 
 
 def test_the_comparison_sees_a_prefix_that_is_encoded_from_its_visible_frames_only():

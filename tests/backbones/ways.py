@@ -68,3 +68,12 @@ def with_shared_prefix(setting: Setting, probes: Probes, blocks: int) -> Probes:
     start = setting.spans[blocks - 1][1]
     shared = probes.clean[:: setting.branches].repeat_interleave(setting.branches, 0)
     return replace(probes, clean=torch.cat([shared[:, :, :start], probes.clean[:, :, start:]], 2))
+
+
+def replayed_tail(setting: Setting, generator: MicroGenerator) -> tuple[Probes, int, Tensor, Tensor]:
+    """(clips that share their first blocks, how many those are, the replay of the rest, the same as a whole stream)."""
+    blocks = 1 + setting.seed % (len(setting.spans) - 1)
+    whole = with_shared_prefix(setting, setting.probes(), blocks)
+    tail = after_prefix(setting, whole, blocks)
+    expected = streamed(setting, generator, whole)[:, :, :, tail.start :]
+    return whole, blocks, generator.replay(tail), expected
