@@ -75,7 +75,10 @@ class HistoryPolicy(ABC):
         return False
 
     def logit_offsets(self, visible: int) -> tuple[float, ...] | None:
-        """What is added to a block's attention logits for each of ``visible`` frames that it sees; None for nothing."""
+        """What is added to a block's attention logits for each of ``visible`` frames that it sees; None for nothing.
+
+        Asked of policies that recompute: cached keys serve several blocks at once in a packed replay.
+        """
         return None
 
     def memory(self) -> Memory | None:

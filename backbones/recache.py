@@ -71,7 +71,7 @@ class BlockwiseRecache(Recache):
         shown = policy.visible(start, block)
         passes: list[CleanPass] = []
         for number, frames in groupby(shown, lambda frame: frame // block):
-            piece, first = tuple(frames), number * block  # of a block with its ends in sink and window, its ends alone
+            piece, first = tuple(frames), number * block  # not always whole: its middle may have left the window
             past = tuple(frame for frame in policy.visible(first, block) if frame in shown)
             at, _ = policy.positions((*past, *piece), first, block)
             plan = block_plan(at[: len(past)], at[len(past) :])

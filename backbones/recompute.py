@@ -17,6 +17,7 @@ from torch import Tensor
 
 from backbones.history import HistoryPolicy
 from backbones.visible import Chunk, LayerKV, Run, VisibleKV
+from framework.arguments import check_counts
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,7 @@ class RecomputedWindow(HistoryPolicy):
     bias: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.frames < 1:
-            raise ValueError(f"RecomputedWindow.frames must be at least 1, got {self.frames}")
+        check_counts("RecomputedWindow.", frames=self.frames)
         if not 0 < self.bias <= 1:
             raise ValueError(f"RecomputedWindow.bias must lie in (0, 1], got {self.bias}; 1 leaves the attention alone")
 
@@ -65,11 +65,13 @@ def as_stored(x0: Tensor) -> tuple[LayerKV, ...]:
     return ((frames, frames),)
 
 
-def latents_of(seen: VisibleKV) -> Tensor:
-    """The clean latents [N, C, F, H, W] of what is seen of a history of `as_stored`."""
-    return seen.read(0)[0].transpose(1, 2)
+def latents_of(seen: VisibleKV) -> tuple[Tensor, int]:
+    """(clean latents [R, C, F, H, W] of what is seen of a history of `as_stored`, rows of the batch for each of the R):
+    what the branches of a fork still share is encoded once."""
+    shared, branches = seen.before_fork()
+    return shared.read(0)[0].transpose(1, 2), branches
 
 
-def made_anew(seen: VisibleKV, kv: Sequence[LayerKV]) -> VisibleKV:
-    """The same frames with the keys and values ``kv`` that a pass over their latents gave."""
-    return VisibleKV((Chunk(0, tuple(kv)),), (1,), seen.frames, (Run(0, 0, len(seen)),))
+def made_anew(seen: VisibleKV, kv: Sequence[LayerKV], branches: int) -> VisibleKV:
+    """The same frames with the keys and values ``kv`` that a pass over `latents_of` gave."""
+    return VisibleKV((Chunk(0, tuple(kv)),), (branches,), seen.frames, (Run(0, 0, len(seen)),))

@@ -262,11 +262,11 @@ class WanStreamingGenerator(StreamingGenerator[WanStream]):
         """
         if not policy.recomputes or not len(past):
             return past
-        x = latents_of(past)
+        x, branches = latents_of(past)
         plan = causal_plan(tuple(range(len(past))), self.recipe.block_frames)
         with nullcontext() if grad else torch.no_grad():
             _, kv = self._ask(x, self._timesteps(x, 0.0), text, plan=plan, return_kv=True)
-        return replace(made_anew(past, kv), offsets=policy.logit_offsets(len(past)))
+        return replace(made_anew(past, kv, branches), offsets=policy.logit_offsets(len(past)))
 
     def replay(self, probes: Probes) -> Tensor:
         stream = self._replay_prefix(probes)

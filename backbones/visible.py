@@ -5,7 +5,7 @@ from the stored chunks, so that no chunk is copied per branch.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
@@ -182,6 +182,13 @@ class VisibleKV:
         if self.budget is None or kept + sum(t.nbytes for t in made) <= self.budget:
             self.memo[key] = made
         return made
+
+    def before_fork(self) -> tuple["VisibleKV", int]:
+        """(the view of the trunk, its branches) where all rows see what was there before a fork, else (itself, 1)."""
+        counts = {self.branches[chunk] for chunk in self._used()}
+        if self.rows is not None or len(counts) != 1 or any(isinstance(piece, Gather) for piece in self.pieces):
+            return self, 1
+        return replace(self, branches=(1,) * len(self.branches), memo={}), counts.pop()
 
     def remembered(self, layer: int) -> LayerKV | None:
         """(rotated k, v) of the memory, None without one."""

@@ -206,6 +206,25 @@ def test_the_past_is_encoded_once_a_block_and_a_commit_asks_nothing(monkeypatch:
     assert asked == [2, 2, 2, 2, 2, 4, 2, 2, 4, 2, 2]
 
 
+def test_what_the_branches_of_a_fork_share_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until they commit blocks of their own; after that, each its own."""
+    generator, asked = micro_generator(RecomputedWindow(4), 2), []
+    forward = type(generator.network).forward
+
+    def counted(self, x: Tensor, timestep: Tensor, *arguments, **options):
+        asked.append(len(x)) if not timestep.any() else None
+        return forward(self, x, timestep, *arguments, **options)
+
+    monkeypatch.setattr(type(generator.network), "forward", counted)
+    x = noise(1, 6, LATENT[0], 6, *LATENT[1:])
+    with torch.no_grad():
+        stream = generator.fork(generator.commit(x[::3, :, :2], generator.open(PROMPTS[:2])), 3)
+        found = generator.predict(x[:, :, 2:4], 0.5, stream)
+        alone = generator.predict(x[4:5, :, 2:4], 0.5, generator.commit(x[3:4, :, :2], generator.open(PROMPTS[1:2])))
+        generator.predict(x[:, :, 4:], 0.5, generator.commit(x[:, :, 2:4], stream))
+    assert asked == [2, 1, 6] and gap(found[4:5], alone) < ATOL[torch.float64]
+
+
 def test_after_a_switch_the_stream_is_one_that_always_had_the_new_prompt() -> None:
     generator = micro_generator(RecomputedWindow(4), 2)
     x = noise(1, 2, LATENT[0], 8, *LATENT[1:])
